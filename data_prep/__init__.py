@@ -1,0 +1,1 @@
+"""Stage 1: public data, or the miniature world, to rows. Imports nothing from a later stage."""

@@ -1,0 +1,1 @@
+"""Stage 3: policies to scores, tables and figures."""

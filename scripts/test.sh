@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Sets itself up and runs the checks and tests; arguments go to pytest.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-test.txt
+export HF_HUB_OFFLINE=1
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"

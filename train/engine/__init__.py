@@ -1,0 +1,8 @@
+"""What all objectives share: rows to [B, K] log-ratios, the training loop, and the likelihood trend.
+
+Nothing here knows an objective: it is handed in as a function of log-ratios, rewards and mask.
+"""
+
+from train.engine.run import align
+
+__all__ = ["align"]

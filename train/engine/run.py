@@ -1,0 +1,140 @@
+"""The command behind every objective: rows and a reference policy in, an aligned policy and its trend out."""
+
+import argparse
+import dataclasses
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, TrainingArguments
+
+from data_prep.files import sha256_text
+from data_prep.manifest import plan
+from data_prep.rows import read_rows
+from train.engine.batches import EpochSampler
+from train.engine.models import Checkpoint
+from train.engine.recipe import AlignmentRecipe, Recipe
+from train.engine.reference import ReferenceCache
+from train.engine.rundir import RunDirectory
+from train.engine.tokens import Encoder
+from train.engine.trainer import Bookkeeping, RowTrainer, TrendTrainer
+
+TRAIN_SUBSET = 128  # training rows on which the trend is measured beside the held-out set
+
+
+def align(method: str, loss: Any, uses: tuple[str, ...]) -> None:
+    """Parse the command line and train. `uses` names the recipe's keys that are handed to `loss`."""
+    parser = argparse.ArgumentParser(prog=f"python -m train.{method}")
+    parser.add_argument("--model", required=True, help="the reference policy mu, and the start: directory or Hub id")
+    parser.add_argument("--model-revision", help="commit, for a model from the Hub")
+    parser.add_argument("--rows", required=True, help="training rows, .jsonl or .parquet")
+    parser.add_argument("--eval-rows", required=True, help="held-out rows on which the likelihood trend is measured")
+    parser.add_argument("--out", required=True, help="run directory")
+    parser.add_argument("--reference-cache", help="directory shared between runs; default: inside the run")
+    parser.add_argument("--fresh", action="store_true", help="remove what an earlier run left in --out")
+    AlignmentRecipe.add_arguments(parser)
+    arguments = parser.parse_args()
+    recipe = AlignmentRecipe.from_arguments(arguments)
+    checkpoint = Checkpoint(arguments.model, arguments.model_revision)
+    options = {name: getattr(recipe, name) for name in uses}
+    inputs = {"rows": arguments.rows, "eval_rows": arguments.eval_rows}
+    settings = {
+        "method": method,
+        "objective": options,
+        "recipe_name": Path(arguments.recipe).stem,
+        "recipe": dataclasses.asdict(recipe),
+    }
+    planned = plan(f"train.{method}", {**settings, "model": checkpoint.digest}, inputs)
+    run = RunDirectory(Path(arguments.out), planned)
+    if run.is_done:
+        print(f"{run.path}: done already, nothing to do")
+        return
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.main_process_first():
+        if state.is_main_process:
+            run.begin(recipe, arguments.fresh)
+    policy, tokenizer = checkpoint.load()
+    reference, _ = checkpoint.load()
+    reference.requires_grad_(False)
+    encoder = Encoder(tokenizer, recipe.max_prompt_tokens, recipe.max_response_tokens)
+    rows = encoder.rows(read_rows(arguments.rows))
+    facts = {"rows": encoder.facts()}
+    heldout = encoder.rows(read_rows(arguments.eval_rows))
+    cache_directory = Path(arguments.reference_cache or run.path / "reference")
+    with state.main_process_first():
+        cache = ReferenceCache(cache_directory, checkpoint)
+        reference.to(state.device)
+        ref_logps = cache.logps(reference, rows, recipe.micro_batch)
+        heldout_ref_logps = cache.logps(reference, heldout, recipe.micro_batch)
+
+    subset = sorted(rows, key=lambda row: sha256_text(row.id))[:TRAIN_SUBSET]
+    sampler = EpochSampler([row.stream_length for row in rows], recipe.global_batch, recipe.epochs, recipe.seed)
+    trainer = TrendTrainer(
+        policy, training_arguments(run.path, recipe, evaluate_every=recipe.evaluate_every), rows, ref_logps,
+        partial(loss, **options), sampler,
+        heldout=heldout, heldout_ref_logps=heldout_ref_logps, train_subset=subset, reference=reference,
+        tokenizer=tokenizer, beta=recipe.beta, max_response_tokens=recipe.max_response_tokens,
+        trend_path=run.path / "trend.jsonl", batch_size=recipe.micro_batch,
+    )  # fmt: skip
+    train(trainer, run)
+    if not trainer.is_world_process_zero():
+        return
+    steps = trainer.state.global_step
+    facts["work"] = {
+        "steps": steps,
+        "prompts_seen": steps * recipe.global_batch,
+        "responses_seen": sum(len(rows[i].response_ids) for i in sampler),
+        "tokens_seen": sum(rows[i].stream_length for i in sampler),  # each in one forward and one backward pass
+    }
+    facts |= model_facts(policy, trainer)
+    run.finish(policy, tokenizer, ["trend.jsonl"], facts, {"device": str(trainer.args.device)})
+
+
+def training_arguments(path: Path, recipe: Recipe, evaluate_every: int | None = None) -> TrainingArguments:
+    """The recipe in the Trainer's words. The sampler runs through all epochs, so the Trainer sees one."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    evaluation: dict[str, Any] = {}
+    if evaluate_every:
+        evaluation = {"eval_strategy": "steps", "eval_steps": evaluate_every, "eval_on_start": True}
+    cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(path), num_train_epochs=1, per_device_train_batch_size=recipe.micro_batch,
+        gradient_accumulation_steps=recipe.accumulation(processes), learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_schedule, warmup_steps=recipe.warmup_ratio, weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.adam_beta1, adam_beta2=recipe.adam_beta2, max_grad_norm=recipe.max_grad_norm,
+        logging_steps=recipe.log_every, save_strategy="steps", save_steps=recipe.checkpoint_every, report_to=[],
+        seed=recipe.seed, data_seed=recipe.seed, use_cpu=cpu, dataloader_pin_memory=not cpu,
+        remove_unused_columns=False, logging_nan_inf_filter=False, **evaluation,
+    )  # fmt: skip
+
+
+def train(trainer: RowTrainer, run: RunDirectory) -> None:
+    """Train to the end, from the last good checkpoint if there is one."""
+    resume = run.last_checkpoint()
+    step = int(resume.name.rpartition("-")[2]) if resume else 0
+    if resume:
+        print(f"{run.path}: continues after step {step}")
+    trainer.continue_from(step)
+    trainer.add_callback(Bookkeeping(run.path / "log.jsonl", step))
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.evaluate()  # does nothing where the last step was an evaluation step
+
+
+def model_facts(policy: PreTrainedModel, trainer: RowTrainer) -> dict[str, Any]:
+    """What decides the arithmetic of a run, for its manifest."""
+    settings = trainer.args
+    return {
+        "model": {
+            "architecture": type(policy).__name__,
+            "parameters": sum(p.numel() for p in policy.parameters()),
+            "trainable": sum(p.numel() for p in policy.parameters() if p.requires_grad),
+            "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
+            "attention_dropout": policy.config.attention_dropout,
+        },
+        "processes": settings.world_size,
+        "global_batch": settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size,
+    }
