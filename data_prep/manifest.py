@@ -21,8 +21,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from data_prep.files import InputError, read_json, sha256_file, sha256_text, sha256_tree, to_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +28,6 @@ STAGES = ("data_prep", "train", "eval")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy", "pandas", "matplotlib")
 
 
-@functools.cache
 def code_digest(module: str) -> str:
     """Digest of the source that `python -m module` can run: its file and all of this project that it imports."""
     return sha256_tree(_sources(module), ROOT)
@@ -41,17 +38,22 @@ def _sources(module: str) -> set[Path]:
     names = {module, f"{module}.__main__"}  # the latter is what `python -m` runs of a package
     while names:
         path = _file_of(names.pop())
-        if path is None or path in found:
-            continue
-        found.add(path)
-        package = path.relative_to(ROOT).parent.as_posix().replace("/", ".")
-        names.add(package)  # importing a module runs its package's __init__ first
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        if path is not None and path not in found:
+            found.add(path)
+            names.add(path.relative_to(ROOT).parent.as_posix().replace("/", "."))  # a package's __init__ runs first
+            names |= _imports(path, path.stat().st_mtime_ns)
     return found
+
+
+@functools.cache
+def _imports(path: Path, modified: int) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
 def _file_of(name: str) -> Path | None:
@@ -176,6 +178,8 @@ def git_state() -> dict[str, Any]:
 
 def cost() -> dict[str, float]:
     """Wall and CPU seconds since the start of this process, and its peak resident memory in MB."""
+    import psutil  # here, so that commands which write nothing run without any package installed
+
     usage = resource.getrusage(resource.RUSAGE_SELF)
     scale = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB elsewhere
     return {

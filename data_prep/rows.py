@@ -128,6 +128,24 @@ def _as_float(value: Any) -> Any:
         return math.inf
 
 
+def read_prompts(path: Path | str) -> list[dict[str, Any]]:
+    """Lines of {id, prompt: chat messages, ...}, before there are responses; InputError with file, line and reason."""
+    prompts, seen = [], set()
+    for number, record in read_jsonl(path):
+
+        def refuse(reason: str, number: int = number) -> None:
+            raise InputError(f"{path}:{number}: {reason}")
+
+        if not isinstance(record.get("id"), str) or record["id"] in seen:
+            refuse("the id is missing or stands twice")
+        check_messages(record.get("prompt"), refuse)
+        seen.add(record["id"])
+        prompts.append(record)
+    if not prompts:
+        raise InputError(f"{path}: no prompts")
+    return prompts
+
+
 def read_rows(path: Path | str) -> list[Row]:
     """Read and validate a .jsonl or .parquet file of rows; raise InputError with file, row and reason."""
     path = Path(path)

@@ -17,9 +17,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.files import InputError, read_json, read_jsonl, run_command, to_json, write_json, write_jsonl
+from data_prep.files import InputError, read_json, run_command, to_json, write_json, write_jsonl
 from data_prep.manifest import plan, up_to_date, write_manifest
-from data_prep.rows import check_messages
+from data_prep.rows import read_prompts
 from train.engine.models import Checkpoint
 from train.engine.sampling import sample
 from train.engine.tokens import Encoder
@@ -36,24 +36,6 @@ class Decoding:
     max_new_tokens: int
     batch: int
     seed: int
-
-
-def read_prompts(path: Path | str) -> list[dict[str, Any]]:
-    """Prompts of a .jsonl file; InputError with file, line and reason."""
-    prompts, seen = [], set()
-    for number, record in read_jsonl(path):
-
-        def refuse(reason: str, number: int = number) -> None:
-            raise InputError(f"{path}:{number}: {reason}")
-
-        if not isinstance(record.get("id"), str) or record["id"] in seen:
-            refuse("the id is missing or stands twice")
-        check_messages(record.get("prompt"), refuse)
-        seen.add(record["id"])
-        prompts.append(record)
-    if not prompts:
-        raise InputError(f"{path}: no prompts")
-    return prompts
 
 
 def generate(checkpoint: Checkpoint, prompts: list[dict[str, Any]], decoding: Decoding, part: Path) -> list[dict]:

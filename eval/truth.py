@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data_prep.files import InputError, read_jsonl, run_command, write_jsonl
 from data_prep.manifest import plan, read_manifest, up_to_date, write_manifest
 from data_prep.miniature.world import correct, score
-from eval.generate import read_prompts
+from data_prep.rows import read_prompts
 
 CRITERIA = {"arithmetic": "exact_match", "functions": "pass@1", "instructions": "constraints_met"}
 RESAMPLES = 2000

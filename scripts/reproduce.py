@@ -177,6 +177,8 @@ class Progress:
         missing = [str(path) for path in stage.outputs if not path.exists()]
         if missing:
             raise InputError(f"{stage.name}: ended without {', '.join(missing)}; see {self.log(stage)}")
+        if stage.key() != key:
+            raise InputError(f"{stage.name}: its inputs or its source changed while it ran; run the command again")
         write_json(self._stamp(stage), {"key": key, "outputs": {str(p): file_digest(p) for p in stage.outputs}})
 
 
@@ -189,7 +191,7 @@ def run_all(stages: list[Stage], progress: Progress, jobs: int) -> None:
     numbers = {stage.name: number for number, stage in enumerate(stages, start=1)}
     # A server that has imported torch and transformers once forks the stages: an import costs more than many a stage.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["train.engine"])
+    processes.set_forkserver_preload(["train.engine.run"])
     bar = tqdm(total=len(stages), unit="stage", smoothing=0.1)
     try:
         while waiting or running:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from data_prep.files import run_command
-from train.engine import align
+from train.engine.run import align
 from train.labels import best_and_rest
 
 

@@ -11,7 +11,7 @@ tokens, as there (some libraries average them). On rows with K > 2: the mean ove
 from torch import Tensor
 
 from data_prep.files import run_command
-from train.engine import align
+from train.engine.run import align
 from train.labels import best_and_rest
 
 

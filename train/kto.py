@@ -15,7 +15,7 @@ on how prompts are batched; here every loss is a mean over prompts, whatever the
 from torch import Tensor
 
 from data_prep.files import run_command
-from train.engine import align
+from train.engine.run import align
 from train.labels import best_and_rest
 
 

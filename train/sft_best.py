@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from data_prep.files import run_command
-from train.engine import align
+from train.engine.run import align
 from train.labels import soft_labels
 
 

@@ -2,7 +2,3 @@
 
 Nothing here knows an objective: it is handed in as a function of log-ratios, rewards and mask.
 """
-
-from train.engine.run import align
-
-__all__ = ["align"]

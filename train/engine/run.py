@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,11 @@ TRAIN_SUBSET = 128  # training rows on which the trend is measured beside the he
 
 def align(method: str, loss: Any, uses: tuple[str, ...]) -> None:
     """Parse the command line and train. `uses` names the recipe's keys that are handed to `loss`."""
-    parser = argparse.ArgumentParser(prog=f"python -m train.{method}")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m train.{method}",
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", required=True, help="the reference policy mu, and the start: directory or Hub id")
     parser.add_argument("--model-revision", help="commit, for a model from the Hub")
     parser.add_argument("--rows", required=True, help="training rows, .jsonl or .parquet")

@@ -22,6 +22,7 @@ from train.engine.tokens import EncodedRow
 from train.engine.trend import Measured, kl_estimate, summarise
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]  # log_ratios, rewards, mask, all [B, K], to losses [B]
+START_TOLERANCE = 1e-2  # nats a response: what batch shapes change in float32, with room
 KL_SEED = 20_240_208  # the KL's samples are drawn with the same random numbers in every run and at every step
 
 
@@ -108,10 +109,11 @@ class TrendTrainer(RowTrainer):
             return {}  # resumed at a checkpoint that was measured already
         for split, (rows, ref_logps) in self._sets.items():
             record = {"step": step, "epoch": round(step / self._sampler.steps_per_epoch, 4), "split": split}
-            record.update(summarise(self._measure(rows, ref_logps), self._beta))
+            measured = self._measure(rows, ref_logps)
+            if step == 0:
+                check_start(rows, measured)
+            record.update(summarise(measured, self._beta))
             if split == "heldout":
-                if step == 0:
-                    check_start(record)
                 record.update(self._kl(rows))
             self.records.append(record)
         if self.is_world_process_zero():
@@ -165,14 +167,15 @@ class TrendTrainer(RowTrainer):
         return list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
 
 
-def check_start(record: dict[str, Any], tolerance: float = 1e-3) -> None:
-    """Refuse to train unless pi = mu at step 0: |log pi - log mu| must be ~0 (nats a response, float32)."""
-    worst = max(abs(rank["log_ratio"]) for rank in record["ranks"])
-    if not worst <= tolerance:
-        raise InputError(
-            f"at step 0 the policy is not the reference: mean |log pi - log mu| reaches {worst:.4f} nats; "
-            "the reference log-probs belong to another model or template"
-        )
+def check_start(rows: list[EncodedRow], measured: list[Measured]) -> None:
+    """Refuse to train unless pi = mu at step 0, in every response: InputError with the row if not."""
+    for row, prompt in zip(rows, measured, strict=True):
+        worst = max(abs(own - ref) for own, ref in zip(prompt.logps, prompt.ref_logps, strict=True))
+        if not worst <= START_TOLERANCE:
+            raise InputError(
+                f"at step 0 the policy is not the reference: |log pi - log mu| is {worst:.4f} nats in row {row.id!r}; "
+                "the reference log-probs belong to another model or template, delete their cache"
+            )
 
 
 class Bookkeeping(TrainerCallback):

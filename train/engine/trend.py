@@ -23,6 +23,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from data_prep.files import InputError
+
 TIE = 1e-4  # nats: what two float32 forward passes of one model can differ by
 
 
@@ -37,10 +39,10 @@ class Measured:
 
 
 def summarise(prompts: Sequence[Measured], beta: float) -> dict[str, Any]:
-    """The likelihood trend of one set at one step, as described above; no prompt may be left over: ValueError."""
+    """The likelihood trend of one set at one step, as described above; InputError if all rewards of all are tied."""
     used = [prompt for prompt in prompts if len(set(prompt.rewards)) > 1]
     if not used:
-        raise ValueError("all prompts have all their rewards tied: there is no chosen and rejected response")
+        raise InputError("every row has all its rewards tied: there is no chosen and no rejected response to compare")
     ranks: list[list[dict[str, float]]] = []
     chosen, rejected, accuracy = [], [], []
     for prompt in used:
