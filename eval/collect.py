@@ -9,12 +9,14 @@ cost.csv          wall and CPU seconds and peak memory of every stage: the one f
 """
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.files import read_jsonl, run_command, write_jsonl, write_text
 from data_prep.manifest import read_manifest
+from eval.records import read_scores
 
 DIGITS = 6  # decimals kept of a trend value, in nats
 
@@ -56,11 +58,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     arguments = parser.parse_args()
     found = list(stages(arguments.runs, arguments.seeds))
-    scores = [
-        record
-        for seed in arguments.seeds
-        for _, record in read_jsonl(arguments.runs / f"seed-{seed}" / "scores" / "scores.jsonl")
-    ]
+    files = [arguments.runs / f"seed-{seed}" / "scores" / "scores.jsonl" for seed in arguments.seeds]
+    scores = [dataclasses.asdict(score) for path in files for score in read_scores(path)]
     write_jsonl(arguments.out / "scores.jsonl", scores)
     write_jsonl(arguments.out / "trend.jsonl", trend(arguments.runs, arguments.seeds))
     write_jsonl(

@@ -26,6 +26,55 @@ RESPONSES = {"sft_best": 4, "kto": 2, "ipo": 2, "dpo": 2, "dpo_x3": 4, "nca_pair
 
 
 @dataclasses.dataclass(frozen=True)
+class Score:
+    """One measurement, a line of scores.jsonl: the contract between judging and tables.
+
+    value, low, high: the mean over n prompts and its 95 % interval over prompts. judge: who judged, with its exact
+    version. manifest: hash of the manifest of the answers that were judged.
+    """
+
+    scale: str
+    seed: int
+    policy: str  # "mu", or METHOD-REGIME
+    decoding: str  # greedy or sampled
+    benchmark: str
+    metric: str
+    judge: str
+    n: int
+    value: float
+    low: float
+    high: float
+    manifest: str
+
+    def __post_init__(self) -> None:
+        """InputError, naming the field, unless every field has its type and the numbers make sense."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type:
+                raise InputError(f"score: {field.name} = {value!r} must be a {field.type.__name__}")
+        if not all(math.isfinite(number) for number in (self.value, self.low, self.high)):
+            raise InputError(f"score: value {self.value} [{self.low}, {self.high}] must be finite")
+        if self.n < 1 or not self.low <= self.high:
+            raise InputError(f"score: n = {self.n} must be above 0 and low {self.low} not above high {self.high}")
+
+
+def read_scores(path: Path | str) -> list[Score]:
+    """Read and validate scores.jsonl; InputError with file, line and reason."""
+    names = {field.name for field in dataclasses.fields(Score)}
+    scores = []
+    for number, record in read_jsonl(path):
+        if set(record) != names:
+            raise InputError(
+                f"{path}:{number}: fields {sorted(set(record) ^ names)} are missing or unknown; judge again"
+            )
+        try:
+            scores.append(Score(**record))
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
+    return scores
+
+
+@dataclasses.dataclass(frozen=True)
 class Estimate:
     """A value with its 95 % interval. seeds: the values it is the mean of."""
 
@@ -57,7 +106,7 @@ def pool(values: Sequence[float], within: tuple[float, float] | None = None) -> 
 class Results:
     """The records of one results folder, indexed for look-up."""
 
-    scores: dict[tuple[str, str, str, str], dict[int, dict[str, Any]]]
+    scores: dict[tuple[str, str, str, str], dict[int, Score]]  # policy, decoding, benchmark, metric, then seed
     ends: dict[str, dict[int, dict[str, Any]]]  # policy to seed to its last held-out trend record
     work: dict[str, dict[str, Any]]  # policy to the work of its first seed: steps, responses and tokens seen
     seeds: tuple[int, ...]
@@ -66,10 +115,10 @@ class Results:
     def read(cls, folder: Path | str) -> "Results":
         """Read scores.jsonl, trend.jsonl and manifests.jsonl."""
         folder = Path(folder)
-        scores: dict[tuple[str, str, str, str], dict[int, dict[str, Any]]] = {}
-        for _, record in read_jsonl(folder / "scores.jsonl"):
-            key = (record["policy"], record["decoding"], record["benchmark"], record["metric"])
-            scores.setdefault(key, {})[record["seed"]] = record
+        scores: dict[tuple[str, str, str, str], dict[int, Score]] = {}
+        for found in read_scores(folder / "scores.jsonl"):
+            key = (found.policy, found.decoding, found.benchmark, found.metric)
+            scores.setdefault(key, {})[found.seed] = found
         ends: dict[str, dict[int, dict[str, Any]]] = {}
         for _, record in read_jsonl(folder / "trend.jsonl"):
             if record["split"] == "heldout":
@@ -89,7 +138,7 @@ class Results:
         if found is None:
             return None
         first = found[min(found)]
-        return pool([found[seed]["value"] for seed in sorted(found)], (first["low"], first["high"]))
+        return pool([found[seed].value for seed in sorted(found)], (first.low, first.high))
 
     def end(self, policy: str, *path: str) -> Estimate | None:
         """A number of the last held-out trend record, such as ("chosen", "log_ratio"), over all seeds."""
@@ -109,7 +158,7 @@ class Results:
         theirs = self.scores.get((other, decoding, benchmark, metric))
         if not ours or not theirs:
             return None
-        return pool([ours[seed]["value"] - theirs[seed]["value"] for seed in sorted(ours)])
+        return pool([ours[seed].value - theirs[seed].value for seed in sorted(ours)])
 
     def end_difference(self, policy: str, other: str, *path: str) -> Estimate | None:
         """A trend number of `policy` less that of `other`, paired by seed."""

@@ -11,6 +11,7 @@ Each score is a mean over prompts (of the mean over a prompt's samples) with a 9
 """
 
 import argparse
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,18 @@ import numpy
 from tqdm import tqdm
 
 from data_prep.files import InputError, read_jsonl, run_command, write_jsonl
-from data_prep.manifest import plan, read_manifest, up_to_date, write_manifest
+from data_prep.manifest import code_digest, plan, read_manifest, up_to_date, write_manifest
 from data_prep.miniature.world import correct, score
 from data_prep.rows import read_prompts
+from eval.records import Score
 
 CRITERIA = {"arithmetic": "exact_match", "functions": "pass@1", "instructions": "constraints_met"}
 RESAMPLES = 2000
 Key = tuple[str, str, int]  # prompt id, decoding, sample
+Judged = dict[Key, tuple[float, float]]  # reward, and 1 if correct, else 0
 
 
-def judge(prompts: list[dict[str, Any]], answers: Path) -> dict[Key, tuple[float, float]]:
+def judge(prompts: list[dict[str, Any]], answers: Path) -> Judged:
     """Reward and correctness (1 or 0) of each answer in `answers`/answers.jsonl; InputError if any is missing."""
     truths = {item["id"]: item["truth"] for item in prompts}
     path, judged = answers / "answers.jsonl", {}
@@ -57,11 +60,14 @@ def per_prompt(judged: dict[Key, Any], ids: list[str], decoding: str, value: Any
     return numpy.array([math.fsum(value((name, decoding, k)) for k in samples) / len(samples) for name in ids])
 
 
-def measure(prompts: list[dict[str, Any]], judged: dict[str, dict[Key, tuple[float, float]]]) -> list[dict[str, Any]]:
-    """All records of one seed: for each policy, decoding and benchmark its metrics with intervals."""
+def measure(
+    prompts: list[dict[str, Any]], judged: dict[str, Judged], manifests: dict[str, str], seed: int
+) -> list[Score]:
+    """All scores of one seed: for each policy, decoding and benchmark its metrics with intervals."""
     ids_of = {source: [item["id"] for item in prompts if item["source"] == source] for source in CRITERIA}
     ids_of = {"all": [item["id"] for item in prompts], **ids_of}
-    records = []
+    judge_version = f"truth {code_digest('data_prep.miniature.world')[:12]}"
+    scores = []
     for name, answers in tqdm(judged.items(), desc="judge", unit="policy"):
         regime = name.rpartition("-")[2]
         rivals = {"mu": judged.get("mu"), "dpo": judged.get(f"dpo-{regime}")}
@@ -81,12 +87,12 @@ def measure(prompts: list[dict[str, Any]], judged: dict[str, dict[Key, tuple[flo
                         lambda key, own=answers, other=other: _win(own[key][0], other[key][0]),
                     )  # fmt: skip
                 for metric, values in metrics.items():
-                    mean, low, high = interval(values)
-                    records.append({
-                        "policy": name, "decoding": decoding, "benchmark": benchmark, "metric": metric,
-                        "n": len(values), "value": mean, "low": low, "high": high,
-                    })  # fmt: skip
-    return records
+                    value, low, high = interval(values)
+                    scores.append(Score(
+                        scale="tiny", seed=seed, policy=name, decoding=decoding, benchmark=benchmark, metric=metric,
+                        judge=judge_version, n=len(values), value=value, low=low, high=high, manifest=manifests[name],
+                    ))  # fmt: skip
+    return scores
 
 
 def _win(own: float, other: float) -> float:
@@ -115,12 +121,9 @@ def main() -> None:
     prompts = read_prompts(arguments.prompts)
     judged = {name: judge(prompts, folder) for name, folder in folders.items()}
     manifests = {name: read_manifest(folder)["hash"] for name, folder in folders.items()}
-    records = [
-        {"scale": "tiny", "seed": arguments.seed, **record, "judge": "truth", "manifest": manifests[record["policy"]]}
-        for record in measure(prompts, judged)
-    ]
-    write_jsonl(Path(arguments.out) / "scores.jsonl", records)
-    write_manifest(arguments.out, planned, outputs=["scores.jsonl"], facts={"records": len(records)})
+    scores = measure(prompts, judged, manifests, arguments.seed)
+    write_jsonl(Path(arguments.out) / "scores.jsonl", map(dataclasses.asdict, scores))
+    write_manifest(arguments.out, planned, outputs=["scores.jsonl"], facts={"scores": len(scores)})
 
 
 if __name__ == "__main__":
