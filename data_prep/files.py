@@ -32,6 +32,9 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command continues from what is on disk", file=sys.stderr)
         sys.exit(130)
+    except FileNotFoundError as error:
+        print(f"error: {error.filename}: no such file or directory; name one that is there", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:
         # The reader (`| head`) went away: not an error, but Python would complain while flushing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

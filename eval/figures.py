@@ -60,8 +60,12 @@ def curves(records: list[dict[str, Any]], quantity: str) -> dict[tuple[str, str,
 
 def read_paper(path: Path) -> dict[tuple[str, str], list[tuple[float, float]]]:
     """The published curves: (method, side) to [(share of training, r)]."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; the published curves are in results/paper/")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     rows = list(csv.DictReader(lines))
+    if not rows:
+        raise InputError(f"{path}: not the digitised Figure 2 (no rows)")
     try:
         return {
             key: [(float(row["epoch_fraction"]), float(row[column])) for row in rows]

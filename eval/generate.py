@@ -37,6 +37,17 @@ class Decoding:
     batch: int
     seed: int
 
+    def __post_init__(self) -> None:
+        """InputError for settings that ask for nothing or for the impossible."""
+        if not self.greedy and self.samples < 1:
+            raise InputError("nothing to generate: give --greedy, --samples N, or both")
+        if self.samples < 0 or self.batch < 1 or self.max_new_tokens < 1:
+            raise InputError("--samples must be at least 0, --batch and --max-new-tokens at least 1")
+        if self.samples and not self.temperature > 0:
+            raise InputError(
+                f"--temperature {self.temperature:g}: samples need one above 0; --greedy is without chance"
+            )
+
 
 def generate(checkpoint: Checkpoint, prompts: list[dict[str, Any]], decoding: Decoding, part: Path) -> list[dict]:
     """Answer all prompts, in the order of (prompt, decoding, sample). `part` collects whole batches meanwhile."""
@@ -116,8 +127,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="answers drawn at once")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if not arguments.greedy and arguments.samples < 1:
-        raise InputError("nothing to generate: give --greedy, --samples N, or both")
     decoding = Decoding(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Decoding)})
     checkpoint = Checkpoint(arguments.policy, arguments.policy_revision)
     out = Path(arguments.out)

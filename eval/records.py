@@ -158,6 +158,8 @@ class Results:
         theirs = self.scores.get((other, decoding, benchmark, metric))
         if not ours or not theirs:
             return None
+        if set(ours) != set(theirs):
+            raise InputError(f"{policy} and {other} were measured on other seeds; run scripts/reproduce.sh")
         return pool([ours[seed].value - theirs[seed].value for seed in sorted(ours)])
 
     def end_difference(self, policy: str, other: str, *path: str) -> Estimate | None:
@@ -165,4 +167,6 @@ class Results:
         ours, theirs = self.end(policy, *path), self.end(other, *path)
         if ours is None or theirs is None:
             return None
+        if set(self.ends[policy]) != set(self.ends[other]):
+            raise InputError(f"{policy} and {other} were trained on other seeds; run scripts/reproduce.sh")
         return pool([a - b for a, b in zip(ours.seeds, theirs.seeds, strict=True)])

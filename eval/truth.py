@@ -82,6 +82,8 @@ def measure(
                 for rival, other in rivals.items():
                     if other is None or other is answers:
                         continue
+                    if other.keys() != answers.keys():
+                        raise InputError(f"{name} and {rival} have other numbers of answers; generate them alike")
                     metrics[f"win_rate_vs_{rival}"] = per_prompt(
                         answers, ids, decoding,
                         lambda key, own=answers, other=other: _win(own[key][0], other[key][0]),
@@ -119,6 +121,8 @@ def main() -> None:
         print(f"{arguments.out}: done already, nothing to do")
         return
     prompts = read_prompts(arguments.prompts)
+    if not all("truth" in item for item in prompts):
+        raise InputError(f"{arguments.prompts}: prompts without a truth; give those of the miniature world")
     judged = {name: judge(prompts, folder) for name, folder in folders.items()}
     manifests = {name: read_manifest(folder)["hash"] for name, folder in folders.items()}
     scores = measure(prompts, judged, manifests, arguments.seed)

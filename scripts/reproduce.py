@@ -62,6 +62,11 @@ def stage(name: str, module: str, inputs: list[Path], outputs: list[Path], *more
     return Stage(name, module, arguments, inputs, outputs, fresh=module.startswith("train.") and "out" in options)
 
 
+def manifest(output: Path) -> Path:
+    """The manifest beside an output."""
+    return output.parent / "manifest.json"
+
+
 def seed_stages(seed: int, root: Path, quick: bool) -> Iterator[Stage]:
     """The stages of one seed, each behind those it needs. Every seed has a world, a mu and samples of its own."""
     label, world, mu, cache = f"seed {seed}:", root / "world", root / "sft" / "policy", root / "reference"
@@ -105,19 +110,20 @@ def seed_stages(seed: int, root: Path, quick: bool) -> Iterator[Stage]:
             policies[name] = run / "policy"
             yield stage(
                 f"{label} {name}", MODULES[method], [recipes[regime], mu, data, rows["heldout"], cache],
-                [policies[name], run / "trend.jsonl"],
+                [policies[name], run / "trend.jsonl", run / "manifest.json"],
                 recipe=recipes[regime], seed=seed, model=mu, rows=data, eval_rows=rows["heldout"],
                 reference_cache=cache, out=run, **(QUICK_TRAINING if quick else {}),
             )  # fmt: skip
     answers = {name: root / "answers" / name / "answers.jsonl" for name in policies}
     for name, policy in policies.items():
         yield stage(
-            f"{label} answers of {name}", "eval.generate", [policy, test], [answers[name]],
+            f"{label} answers of {name}", "eval.generate", [policy, test], [answers[name], manifest(answers[name])],
             policy=policy, prompts=test, greedy=True, samples=4, max_new_tokens=MAX_TOKENS, seed=seed,
             out=answers[name].parent,
         )  # fmt: skip
     yield stage(
-        f"{label} scores", "eval.truth", [test, *answers.values()], [root / "scores" / "scores.jsonl"],
+        f"{label} scores", "eval.truth", [test, *answers.values(), *map(manifest, answers.values())],
+        [root / "scores" / "scores.jsonl"],
         prompts=test, seed=seed, answers=[f"{name}={path.parent}" for name, path in answers.items()],
         out=root / "scores",
     )  # fmt: skip
@@ -125,11 +131,15 @@ def seed_stages(seed: int, root: Path, quick: bool) -> Iterator[Stage]:
 
 def result_stages(seeds: list[int], runs: Path, out: Path) -> Iterator[Stage]:
     """From the runs of all seeds to records, tables, figures and claims."""
-    scores = [runs / f"seed-{seed}" / "scores" / "scores.jsonl" for seed in seeds]
+    folders = [runs / f"seed-{seed}" for seed in seeds]
+    scores = [folder / "scores" / "scores.jsonl" for folder in folders]
+    policies = [f"{method}-{regime}" for regime in REGIMES for method in METHODS]
+    trends = [folder / "runs" / policy / "trend.jsonl" for folder in folders for policy in policies]
     names = ("scores.jsonl", "trend.jsonl", "manifests.jsonl", "cost.csv")
     records = [out / name for name in names]
     tables, claims, theory = ([out / f"{name}.md", out / f"{name}.csv"] for name in ("tables", "claims", "theory"))
-    yield stage("records", "eval.collect", scores, records, runs=runs, seeds=seeds, out=out)
+    found = [*scores, *trends, *map(manifest, trends)]
+    yield stage("records", "eval.collect", found, records, runs=runs, seeds=seeds, out=out)
     yield stage("theory", "eval.theory", [], theory, out=out)
     yield stage("tables", "eval.tables", records[:3], tables, results=out)
     yield stage("claims", "eval.claims", [*records[:3], *theory], claims, results=out)

@@ -9,6 +9,7 @@ At the paper's scale mu is a released SFT model (HuggingFaceH4/mistral-7b-sft-be
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def read_demonstrations(path: str) -> list[dict[str, Any]]:
         check_messages(record.get("prompt"), refuse)
         if not isinstance(record.get("response"), str) or not record["response"].strip():
             refuse("the response is missing or empty")
+        if not isinstance(record.get("id"), str):
+            refuse("the id is missing")
         found.append(record)
     if not found:
         raise InputError(f"{path}: no demonstrations")
@@ -56,10 +59,12 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier run left in --out")
     SftRecipe.add_arguments(parser)
     arguments = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("SFT of the miniature runs in one process; start it without torchrun")
     recipe = SftRecipe.from_arguments(arguments)
     settings = {"method": "sft", "recipe": dataclasses.asdict(recipe)}
     run = RunDirectory(Path(arguments.out), plan("train.sft", settings, {"demonstrations": arguments.demonstrations}))
-    if run.is_done:
+    if not arguments.fresh and run.is_done:
         print(f"{run.path}: done already, nothing to do")
         return
     run.begin(recipe, arguments.fresh)

@@ -15,13 +15,14 @@ import pytest
 import torch
 from scipy import stats
 
-from data_prep.rows import Row
+from data_prep.rows import Row, read_prompts
 from eval import generate
 from train.engine.models import Checkpoint
 from train.engine.tokens import Encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 24  # tokens of an answer
+DECODING = generate.Decoding(True, 3, 1.0, 512, LONGEST, 4, 0)
 CHATS = {
     "p0": [{"role": "user", "content": "How many pens are left?"}],
     "p1": [{"role": "user", "content": "x"}],
@@ -154,9 +155,8 @@ def interrupted(answers: Path, part: bytes) -> Path:
 @pytest.fixture
 def whole_part(answer, policies, prompts, tmp_path) -> bytes:
     """The part file of a run that was not interrupted, just before its end."""
-    decoding = generate.Decoding(True, 3, 1.0, 512, LONGEST, 4, 0)
     path = tmp_path / "whole.jsonl"
-    generate.generate(Checkpoint(str(policies[0])), generate.read_prompts(prompts), decoding, path)
+    generate.generate(Checkpoint(str(policies[0])), read_prompts(prompts), DECODING, path)
     return path.read_bytes()
 
 
@@ -169,6 +169,15 @@ def test_interrupted_at_any_byte(answer, whole_part) -> None:
         path = interrupted(answer("out"), whole_part[:cut])
         assert answer("out").read_bytes() == undisturbed, cut
         assert not (path.parent / "answers.part.jsonl").exists()
+
+
+def test_interrupted_more_than_once(policies, prompts, tmp_path, whole_part) -> None:
+    """The part file of a continued run is that of an undisturbed one, so it may be cut again and again."""
+    path = tmp_path / "part.jsonl"
+    for cut in (len(whole_part) // 3 + 5, len(whole_part) // 2 + 5):
+        path.write_bytes(whole_part[:cut])
+        generate.generate(Checkpoint(str(policies[0])), read_prompts(prompts), DECODING, path)
+        assert path.read_bytes() == whole_part
 
 
 def test_whole_batches_are_kept(answer, whole_part, policies) -> None:

@@ -14,7 +14,7 @@ from synthetic import by_seed_end, by_seed_score, student, write_results
 
 from data_prep.files import InputError
 from eval import collect
-from eval.records import Results, pool
+from eval.records import Results, pool, read_scores
 
 values_of_seeds = st.lists(st.floats(-100, 100), min_size=2, max_size=8)
 
@@ -142,6 +142,37 @@ def test_no_scores(tmp_path) -> None:
         Results.read(folder)
 
 
+SCORE = {
+    "scale": "tiny", "seed": 0, "policy": "mu", "decoding": "greedy", "benchmark": "all", "metric": "reward",
+    "judge": "truth 1", "n": 9, "value": 0.123456789, "low": 0.1, "high": 0.2, "manifest": "0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"value": "0.1"}, "value"),
+        ({"value": float("nan")}, "finite"),
+        ({"high": float("inf")}, "finite"),
+        ({"low": 0.3}, "low"),
+        ({"n": 0}, "n = 0"),
+        ({"seed": True}, "seed"),
+        ({"seed": 1.0}, "seed"),
+        ({"policy": None}, "policy"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_bad_scores_are_refused(change, named, tmp_path) -> None:
+    """A score of another type, not finite, with low above high or with other fields: file, line and reason."""
+    path = tmp_path / "scores.jsonl"
+    path.write_text(json.dumps(SCORE) + "\n" + json.dumps({**SCORE, **change}) + "\n")
+    with pytest.raises(InputError, match=f"scores.jsonl:2: .*{named}"):
+        read_scores(path)
+    path.write_text(json.dumps({key: value for key, value in SCORE.items() if key != "judge"}))
+    with pytest.raises(InputError, match=r"scores.jsonl:1: .*judge"):
+        read_scores(path)
+
+
 def write_stage(folder: Path, cost: dict[str, Any] | None = None) -> str:
     """A finished stage with a manifest, written without the project's code; returns the manifest's hash."""
     folder.mkdir(parents=True)
@@ -159,7 +190,7 @@ def runs(tmp_path) -> Path:
     for seed in (0, 1, 2):
         root = tmp_path / "runs" / f"seed-{seed}"
         write_stage(root / "scores")
-        (root / "scores" / "scores.jsonl").write_text(f'{{"seed": {seed}, "value": 0.123456789}}\n')
+        (root / "scores" / "scores.jsonl").write_text(json.dumps({**SCORE, "seed": seed}) + "\n")
         write_stage(root / "runs" / "dpo_x3-hard", {"wall_s": 10.0 + seed})
         trend = [{"step": step, "split": "heldout", "chosen": {"log_ratio": 1 / 3}, "n": step} for step in (0, 2)]
         text = "".join(json.dumps(record) + "\n" for record in trend)
@@ -177,7 +208,7 @@ def test_collect(run, runs, tmp_path) -> None:
     assert run(collect.main, "--runs", runs, "--seeds", 0, 1, "--out", out).code == 0
     lines = {name: [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
              for name in ("scores", "trend", "manifests")}  # fmt: skip
-    assert lines["scores"] == [{"seed": 0, "value": 0.123456789}, {"seed": 1, "value": 0.123456789}]
+    assert lines["scores"] == [SCORE, {**SCORE, "seed": 1}]
     hashes = {(line["seed"], line["stage"]): line["hash"] for line in lines["manifests"]}
     assert set(hashes) == {(seed, stage) for seed in (0, 1) for stage in ("scores", "runs/dpo_x3-hard")}
     assert lines["trend"] == [

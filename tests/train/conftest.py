@@ -156,7 +156,8 @@ def files(make_rows: Callable[..., list[Row]], tmp_path_factory: pytest.TempPath
     paths = {name: directory / file for name, file in
              (("rows", "rows.jsonl"), ("heldout", "heldout.jsonl"), ("recipe", "small.yaml"))}  # fmt: skip
     write_rows(paths["rows"], make_rows(24, seed=3))
-    write_rows(paths["heldout"], make_rows(9, seed=4, name="heldout"))
+    # More held-out rows than one batch of samples for the KL (16), so that two processes share them.
+    write_rows(paths["heldout"], make_rows(20, seed=4, name="heldout"))
     write_text(paths["recipe"], RECIPE)
     return paths
 

@@ -15,10 +15,10 @@ from data_prep.manifest import read_manifest
 from train.engine.rundir import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
-# The command `python -m train.nca`, on machines of uneven speed: the second process is late with its part of a
-# checkpoint (its random state), as it may be on any file system.
+# The command `python -m train.nca`, with a second process that is late with its part of a checkpoint (its random
+# state), as it may be on any file system; and interrupted like a key press in the n-th micro-batch, if n is given.
 WORKER = """
-import time
+import os, time
 from transformers import Trainer
 from data_prep.files import run_command
 from train.engine.run import align
@@ -30,23 +30,41 @@ def late(self, directory):
     time.sleep(0.3 * self.args.process_index)
     save(self, directory)
 
+def interrupted(*values, calls=[], **options):
+    calls.append(1)
+    if len(calls) == int(os.environ.get("INTERRUPT_AT", "0")):
+        raise KeyboardInterrupt
+    return nca_loss(*values, **options)
+
 Trainer._save_rng_state = late
-run_command(lambda: align("nca", nca_loss, uses=("alpha", "beta")))
+run_command(lambda: align("nca", interrupted, uses=("alpha", "beta")))
 """
 
 
 @pytest.fixture(scope="module")
-def twice(
+def launch(
     arguments: Callable[..., list[str]], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Start two processes on a run directory."""
+    worker = tmp_path_factory.mktemp("worker") / "worker.py"
+    worker.write_text(WORKER)
+
+    def start(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*launcher, str(worker), *arguments(out)]
+        environ = {**environment, **variables}
+        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def twice(launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run `finished` once more, by two processes."""
-    directory = tmp_path_factory.mktemp("two")
-    (directory / "worker.py").write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(directory / "worker.py"), *arguments(directory / "run")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    out = tmp_path_factory.mktemp("two") / "run"
+    done = launch(out)
     assert done.returncode == 0, done.stderr[-3000:]
-    return directory / "run"
+    return out
 
 
 def flat(value: Any) -> list[float]:
@@ -96,7 +114,26 @@ def test_the_weights_are_those_of_one_process(twice: Path, finished: Path) -> No
 
 def test_the_checkpoint_of_two_processes_is_whole(twice: Path) -> None:
     """A checkpoint is sealed when all processes have written their part, so that the run can go on from it."""
-    # Fails on f69041b: the first process seals at once; what a later one writes then looks like damage.
     whole = RunDirectory(twice, {}).last_checkpoint()
     assert whole is not None
     assert {path.name for path in whole.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+def test_two_processes_continue_where_they_were_interrupted(
+    launch: Callable[..., subprocess.CompletedProcess[str]], twice: Path, tmp_path: Path
+) -> None:
+    """Interrupted in step 6 and started again, the run goes on after step 4 and ends with the same bytes; of two
+    processes that see a damaged checkpoint one removes it."""
+    out = tmp_path / "run"
+    stopped = launch(out, INTERRUPT_AT="6")  # one micro-batch a step and process
+    assert stopped.returncode != 0
+    damaged = out / "checkpoint-5"
+    damaged.mkdir()
+    for number in range(3000):  # so many that removing them takes a while
+        (damaged / str(number)).touch()
+    done = launch(out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{out}: continues after step 4" in done.stdout
+    for name in ("policy/model.safetensors", "trend.jsonl"):
+        assert (out / name).read_bytes() == (twice / name).read_bytes()
+    assert not damaged.exists()

@@ -95,7 +95,6 @@ def test_an_unreadable_checkpoint_is_one_line(copy: Path, what: str) -> None:
             path.unlink()
     else:
         damage(copy, what)
-    # Fails on f69041b for truncated weights (SafetensorError) and a truncated tokenizer.json.
     with pytest.raises(InputError, match=f"{copy}: cannot be loaded") as refused:
         Checkpoint(str(copy)).load()
     assert "\n" not in str(refused.value)

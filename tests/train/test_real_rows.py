@@ -44,7 +44,7 @@ def rows_of(real_data, command, write, tmp_path) -> Callable[..., list[Row]]:
 
     def build(records: list[dict[str, Any]], count: int, *options: str) -> list[Row]:
         out = tmp_path / "built"
-        done = command("data_prep.ultrafeedback", *options, "--input", write("records.jsonl", records), "--out", out)
+        done = command("data_prep.ultrafeedback", *options, "--input", write("train.jsonl", records), "--out", out)
         assert done.returncode == 0, done.stderr
         rows = read_rows(next(path for path in sorted(out.glob("t*.jsonl"), reverse=True)))
         short = [row for row in rows if len(str(row.prompt).encode()) < PROMPT - 100]

@@ -99,7 +99,6 @@ def test_zero_is_allowed_where_it_has_a_meaning(tmp_path: Path, values: dict[str
 )  # fmt: skip
 def test_a_value_above_its_range_is_named(tmp_path: Path, values: dict[str, Any], key: str, value: Any) -> None:
     """A share of all steps is below 1 (the Trainer would take 1.5 for a number of steps), and so are Adam's betas."""
-    # Fails on f69041b: these pass, and end in a traceback of torch or in another warm-up than asked for.
     assert key in refusal(tmp_path, {**values, key: value})
 
 
@@ -139,6 +138,8 @@ def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> 
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """The path is in the message."""
+    """The path is in the message; a folder is no recipe either."""
     with pytest.raises(InputError, match=r"none\.yaml: no such recipe"):
         AlignmentRecipe.load(tmp_path / "none.yaml", {})
+    with pytest.raises(InputError, match=f"{tmp_path}"):
+        AlignmentRecipe.load(tmp_path, {})

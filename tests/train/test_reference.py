@@ -119,16 +119,16 @@ def test_a_damaged_line_is_refused(mu: Path, filled: Path, line: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("value", [0.05, float("nan")])
+@pytest.mark.parametrize("shift", [0.05, float("nan")])
 def test_an_altered_value_is_refused(
-    mu: Path, model: nn.Module, rows: list[EncodedRow], filled: Path, value: float
+    mu: Path, model: nn.Module, rows: list[EncodedRow], filled: Path, shift: float
 ) -> None:
     """A sample is computed again before the file is trusted: a value off by 0.05 nats names its row."""
     (path,) = filled.glob("*.jsonl")
     lines = [line for _, line in read_jsonl(path)]
     key = response_key(rows[2].prompt_ids, rows[2].response_ids[1])
-    for line in lines:
-        line["logps"] += value * (line["key"] == key)
+    altered = next(line for line in lines if line["key"] == key)
+    altered["logps"] += shift
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InputError, match=f"{rows[2].id!r}.*delete the file"):
         ReferenceCache(filled, Checkpoint(str(mu))).logps(model, rows, 4)

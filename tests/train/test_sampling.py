@@ -100,7 +100,6 @@ def test_a_checkpoints_generation_settings_do_not_bend_the_distribution(
     }  # fmt: skip
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
-    # Fails on f69041b: repetition_penalty and its like are taken over from the checkpoint.
     assert sample(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0.0, seed=0) == expected
     assert sample(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=1.0, seed=0) == drawn
 

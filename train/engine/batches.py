@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from data_prep.files import InputError
 from train.engine.tokens import EncodedRow
 
 PADDING, PROMPT = -1, 0  # segment numbers; response i (from 0) is segment i + 1
@@ -94,10 +95,12 @@ class EpochSampler(Sampler[int]):
     resumed run only has to skip; the order does not depend on micro-batch, accumulation or processes."""
 
     def __init__(self, lengths: Sequence[int], global_batch: int, epochs: int, seed: int):
-        """lengths: tokens of each row; ValueError if there are fewer rows than one global batch."""
+        """lengths: tokens of each row; InputError if there are fewer rows than one global batch."""
         super().__init__()
         if len(lengths) < global_batch:
-            raise ValueError(f"{len(lengths)} rows are fewer than one global batch of {global_batch}")
+            raise InputError(
+                f"{len(lengths)} rows are fewer than one global batch of {global_batch}; lower global_batch"
+            )
         self.lengths, self.global_batch, self.epochs, self.seed = lengths, global_batch, epochs, seed
         self.steps_per_epoch = len(lengths) // global_batch
 

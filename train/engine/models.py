@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -66,7 +67,7 @@ class Checkpoint:
             model = AutoModelForCausalLM.from_pretrained(
                 self.name, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa", **options
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{self.name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
         disable_dropout(model)
         return model, tokenizer

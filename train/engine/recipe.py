@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
+from transformers import SchedulerType
 
 from data_prep.files import InputError
 
@@ -36,6 +38,11 @@ class Recipe:
         for name, value in vars(self).items():
             if not isinstance(value, str) and not (value > 0 or (value == 0 and name in may_be_zero)):
                 raise InputError(f"recipe: {name} = {value} must be {'at least' if name in may_be_zero else 'above'} 0")
+            if value == math.inf or (name in ("warmup_ratio", "adam_beta1", "adam_beta2") and value >= 1):
+                raise InputError(f"recipe: {name} = {value} must be {'finite' if value == math.inf else 'below 1'}")
+        schedules = [schedule.value for schedule in SchedulerType]
+        if self.lr_schedule not in schedules:
+            raise InputError(f"recipe: lr_schedule = {self.lr_schedule!r} is unknown; known are {', '.join(schedules)}")
 
     def accumulation(self, processes: int) -> int:
         """Forward passes per optimizer step, so that the global batch is exact; InputError if it cannot be."""
@@ -52,8 +59,8 @@ class Recipe:
         """Read a YAML recipe; `overrides` replace its values. InputError for unknown, missing or mistyped keys."""
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such recipe") from None
+        except (FileNotFoundError, IsADirectoryError):
+            raise InputError(f"{path}: no such recipe file") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
         if not isinstance(values, dict):

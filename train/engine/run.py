@@ -54,7 +54,7 @@ def align(method: str, loss: Any, uses: tuple[str, ...]) -> None:
     }
     planned = plan(f"train.{method}", {**settings, "model": checkpoint.digest}, inputs)
     run = RunDirectory(Path(arguments.out), planned)
-    if run.is_done:
+    if not arguments.fresh and run.is_done:
         print(f"{run.path}: done already, nothing to do")
         return
 
@@ -119,7 +119,10 @@ def training_arguments(path: Path, recipe: Recipe, evaluate_every: int | None = 
 
 def train(trainer: RowTrainer, run: RunDirectory) -> None:
     """Train to the end, from the last good checkpoint if there is one."""
-    resume = run.last_checkpoint()
+    with PartialState().main_process_first():
+        resume = run.last_checkpoint()
+    # Nothing is measured where a run goes on: its trend must be that of a run which was never interrupted.
+    trainer.args.eval_on_start = trainer.args.eval_on_start and resume is None
     step = int(resume.name.rpartition("-")[2]) if resume else 0
     if resume:
         print(f"{run.path}: continues after step {step}")
@@ -138,7 +141,7 @@ def model_facts(policy: PreTrainedModel, trainer: RowTrainer) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in policy.parameters()),
             "trainable": sum(p.numel() for p in policy.parameters() if p.requires_grad),
             "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
-            "attention_dropout": policy.config.attention_dropout,
+            "attention_dropout": getattr(policy.config, "attention_dropout", None),
         },
         "processes": settings.world_size,
         "global_batch": settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size,

@@ -40,6 +40,8 @@ class RunDirectory:
         """Create the directory, or check that what it holds was begun under the same plan: InputError if not.
         `fresh` removes what an earlier run left."""
         if fresh and self.path.exists():
+            if any(self.path.iterdir()) and not (self.path / "plan.json").exists():
+                raise InputError(f"{self.path}: holds files, but no run; --fresh removes only runs, name another --out")
             shutil.rmtree(self.path)
         if (self.path / "plan.json").exists():
             earlier = read_json(self.path / "plan.json")
@@ -50,8 +52,8 @@ class RunDirectory:
                     "--fresh to remove it and start again"
                 )
         (self.path / "manifest.json").unlink(missing_ok=True)  # finished but damaged: it is finished again
+        write_json(self.path / "plan.json", self.plan)  # first: it makes the directory a run's
         write_text(self.path / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
-        write_json(self.path / "plan.json", self.plan)
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; unfinished or damaged ones are removed, and said so."""

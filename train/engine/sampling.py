@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
@@ -32,6 +32,8 @@ def sample(
         choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     was_training = model.training
     model.eval()
+    # The checkpoint's own defaults (top-k, penalties, ...) would bend the distribution; they are put back below.
+    own, model.generation_config = model.generation_config, GenerationConfig()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         output = model.generate(
@@ -39,6 +41,7 @@ def sample(
             pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, **choice,
         )  # fmt: skip
     model.train(was_training)
+    model.generation_config = own
     responses = []
     for ids in output[:, width:].tolist():
         end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.files import InputError, sha256_text
@@ -45,7 +46,10 @@ class Encoder:
 
     def prompt(self, messages: list[dict[str, str]], name: str) -> tuple[str, list[int]]:
         """Text and ids of a prompt, up to where the response begins; InputError if it is too long."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise InputError(f"row {name!r}: the chat template refuses the prompt ({error})") from None
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         if len(ids) > self.max_prompt_tokens:
             raise InputError(

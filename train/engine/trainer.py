@@ -1,6 +1,7 @@
 """The training loop: transformers.Trainer with the loss taken as a mean over prompts, and the likelihood trend
 measured instead of an evaluation loss."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -132,6 +134,9 @@ class TrendTrainer(RowTrainer):
         logps = logps_of_rows(model, [rows[i] for i in mine], self._batch_size)
         found = dict(gather_object(list(zip(mine, logps, strict=True))))
         model.train()
+        for i, values in found.items():
+            if not all(map(math.isfinite, values)):
+                raise InputError(f"step {self.state.global_step}: a log-prob of row {rows[i].id!r} is not finite")
         return [
             Measured(row.rewards, found[i], ref_logps[row.id], [len(ids) for ids in row.response_ids])
             for i, row in enumerate(rows)
@@ -192,10 +197,14 @@ class Bookkeeping(TrainerCallback):
             done = state.global_step - self.at_start
             pace = {"steps_per_s": round(done / (time.monotonic() - self.started), 3)} if done else {}
             numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+            wild = [key for key, value in numbers.items() if not math.isfinite(value)]
+            if wild:
+                raise InputError(f"step {state.global_step}: {', '.join(wild)} not finite; train gentler")
             self.lines.append({"step": state.global_step, **numbers, **pace})
             write_jsonl(self.path, self.lines)
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        PartialState().wait_for_everyone()  # every process has written its part
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             for path in Path(args.output_dir).glob("checkpoint-*"):
