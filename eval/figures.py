@@ -10,11 +10,11 @@ units of the learned reward r = beta * (log pi - log mu). Writes OUT.png, OUT.sv
 import argparse
 import csv
 import io
-import math
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -44,17 +44,26 @@ Curve = list[tuple[float, float, float, float]]  # share of training, mean, lowe
 
 
 def curves(records: list[dict[str, Any]], quantity: str) -> dict[tuple[str, str, str], Curve]:
-    """(regime, method, side) to its curve over training, from held-out records."""
-    values: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    """(regime, method, side) to its curve over training, from held-out records.
+
+    Seeds can differ in their number of steps (a prompt with all rewards tied gives no pair): each is taken as a
+    share of its own training, at the shares of the first seed, with straight lines between measurements.
+    """
+    seeds: dict[tuple[str, str, str], dict[int, list[tuple[int, float]]]] = {}
     for record in records:
         if record["split"] == "heldout":
             for side in SIDES:
-                key = (record["regime"], record["method"], side)
-                values.setdefault(key, {}).setdefault(record["step"], []).append(record[side][quantity])
+                points = seeds.setdefault((record["regime"], record["method"], side), {})
+                points.setdefault(record["seed"], []).append((record["step"], record[side][quantity]))
     found = {}
-    for key, steps in values.items():
-        last = max(steps)
-        found[key] = [(step / last, math.fsum(v) / len(v), min(v), max(v)) for step, v in sorted(steps.items())]
+    for key, of_seed in seeds.items():
+        lines = []
+        for seed in sorted(of_seed):
+            steps, values = numpy.array(sorted(of_seed[seed])).T
+            lines.append((steps / steps[-1], values))
+        grid = lines[0][0]
+        at_grid = numpy.array([numpy.interp(grid, shares, values) for shares, values in lines])
+        found[key] = list(zip(grid, at_grid.mean(0), at_grid.min(0), at_grid.max(0), strict=True))
     return found
 
 

@@ -53,14 +53,15 @@ NOTES = """
   log pi - log mu of the best response and of the worse ones on held-out rows (4 samples of mu each), whatever the
   method was trained on. **accuracy**: how often the best one has the higher log-ratio.
 - **arithmetic**: exact match; **functions**: pass@1 (tests are run); **instructions**: all constraints met.
-- **K**: responses to a prompt that the method learns from; **responses**, **tokens**: seen in training, each once
-  forward and once backward. Methods with K = 4 use about twice the responses and compute of those with pairs;
+- **K**: responses to a prompt that the method learns from; **responses**, **tokens**: seen in training (first seed),
+  each once forward and once backward. Methods with K = 4 use about twice the responses and compute of those with pairs;
   SFT on the best of 4 trains towards one of its four responses. `DPO x 3` is DPO given the same four responses.
 - 95 % intervals in brackets: {interval}.
 """
 INTERVALS = {
     False: "bootstrap over prompts (one seed; the likelihood columns then have none)",
-    True: "Student's t over the seeds' means; each seed has its own prompts, world, mu and training",
+    True: "Student's t over the seeds' means; each seed has its own prompts, world, mu and training. They are "
+    "symmetric, and so can pass 0 or 1",
 }
 
 
