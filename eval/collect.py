@@ -67,7 +67,8 @@ def main() -> None:
         (
             {
                 "hash": manifest["hash"], "seed": seed, "stage": name, "policy": name.rpartition("/")[2],
-                "command": manifest["command"], "commit": manifest["circumstances"]["commit"],
+                # --fresh clears the way for a run, and is no part of what it computes
+                "command": manifest["command"].replace(" --fresh", ""), "commit": manifest["circumstances"]["commit"],
                 "dirty": manifest["circumstances"]["dirty"], "identity": manifest["identity"],
             }
             for seed, name, _, manifest in found

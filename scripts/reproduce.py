@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from data_prep.files import InputError, read_json, run_command, sha256_text, to_json, write_json  # noqa: E402
-from data_prep.manifest import code_digest, file_digest, versions  # noqa: E402
+from data_prep.manifest import code_digest, file_digest, read_manifest, versions  # noqa: E402
 from eval.records import METHODS, REGIMES, RESPONSES  # noqa: E402
 
 RECIPES = Path("train/recipes/tiny")
@@ -48,8 +48,13 @@ class Stage:
 
     def key(self) -> str:
         """What decides the outputs."""
-        inputs = {str(path): file_digest(path) for path in self.inputs}
+        inputs = {str(path): digest(path) for path in self.inputs}
         return sha256_text(to_json([self.module, self.arguments, inputs, code_digest(self.module), versions()]))
+
+
+def digest(path: Path) -> str:
+    """Content of a file or folder; of a manifest what it identifies, without its wall time and the like."""
+    return read_manifest(path.parent)["hash"] if path.name == "manifest.json" else file_digest(path)
 
 
 def stage(name: str, module: str, inputs: list[Path], outputs: list[Path], *more: str | Path, **options: Any) -> Stage:
@@ -173,7 +178,10 @@ class Progress:
         outputs = stamp.get("outputs")
         if stamp["key"] != key or outputs is None:
             return False
-        return all(Path(name).exists() and file_digest(name) == digest for name, digest in outputs.items())
+        try:
+            return all(Path(name).exists() and digest(Path(name)) == known for name, known in outputs.items())
+        except InputError:  # a manifest that was damaged
+            return False
 
     def begin(self, stage: Stage, key: str) -> list[str]:
         """Note that the stage is begun; return the words to add to its command."""
@@ -189,7 +197,7 @@ class Progress:
             raise InputError(f"{stage.name}: ended without {', '.join(missing)}; see {self.log(stage)}")
         if stage.key() != key:
             raise InputError(f"{stage.name}: its inputs or its source changed while it ran; run the command again")
-        write_json(self._stamp(stage), {"key": key, "outputs": {str(p): file_digest(p) for p in stage.outputs}})
+        write_json(self._stamp(stage), {"key": key, "outputs": {str(p): digest(p) for p in stage.outputs}})
 
 
 def run_all(stages: list[Stage], progress: Progress, jobs: int) -> None:
