@@ -1,9 +1,11 @@
 # Sourced by the other scripts: the virtual environment .venv with the pinned requirements, made once.
+# $extra_requirements: one more requirements file, if set.
 # Set NCA_TORCH_INDEX to PyTorch's CPU wheel index on a machine without a GPU to save several GB of CUDA.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-requirements=(requirements.txt "$@")
+# Not from "$@": a sourced script without arguments of its own sees those of its caller.
+requirements=(requirements.txt ${extra_requirements:+"$extra_requirements"})
 stamp=$(cat "${requirements[@]}" | sha256sum | cut -c1-16)
 if [ ! -e ".venv/.installed-$stamp" ]; then
   echo "setting up .venv (a few minutes, 2.3 GB)"
