@@ -50,6 +50,7 @@ seed: 0
 beta: 0.5
 alpha: 1.0
 evaluate_every: 2
+kl_prompts: 20
 """
 
 torch.set_num_threads(1)  # equal bytes need equal numbers of threads, here and in the subprocesses

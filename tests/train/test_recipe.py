@@ -36,7 +36,8 @@ def refusal(path: Path, values: Any, **overrides: Any) -> str:
 def test_a_recipe_is_read_as_it_is_written(tmp_path: Path, values: dict[str, Any]) -> None:
     """Every value arrives, with the type of its field."""
     recipe = load(tmp_path, values)
-    assert dataclasses.asdict(recipe) == values
+    found = dataclasses.asdict(recipe)
+    assert {name: found[name] for name in values} == values
     assert all(type(getattr(recipe, field.name)) is field.type for field in dataclasses.fields(recipe))
 
 
@@ -54,7 +55,7 @@ def test_an_unknown_key_is_named(tmp_path: Path, values: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("key", ["beta", "seed", "lr_schedule"])
 def test_a_missing_key_is_named(tmp_path: Path, values: dict[str, Any], key: str) -> None:
-    """There are no hidden defaults."""
+    """What decides a run has no hidden default."""
     del values[key]
     assert f"missing key {key}" in refusal(tmp_path, values)
 
@@ -76,6 +77,7 @@ def test_a_value_of_the_wrong_type_is_named(tmp_path: Path, values: dict[str, An
     [
         ("learning_rate", -1e-4), ("learning_rate", 0.0), ("epochs", 0), ("global_batch", -8), ("micro_batch", 0),
         ("beta", 0.0), ("alpha", -1.0), ("seed", -1), ("max_grad_norm", 0.0), ("evaluate_every", 0),
+        ("lora_rank", 0), ("max_tokens", -1),
         ("checkpoint_every", -2), ("weight_decay", -0.1), ("beta", float("nan")), ("max_response_tokens", 0),
     ],
 )  # fmt: skip
@@ -95,7 +97,8 @@ def test_zero_is_allowed_where_it_has_a_meaning(tmp_path: Path, values: dict[str
 @pytest.mark.parametrize(
     ("key", "value"),
     [("warmup_ratio", 1.5), ("warmup_ratio", 1.0), ("adam_beta1", 1.0), ("adam_beta2", 2.0), ("lr_schedule", "linaer"),
-     ("learning_rate", float("inf"))],
+     ("learning_rate", float("inf")), ("tuning", "qlorra"), ("dtype", "float16"), ("optimizer", "adamm"),
+     ("long_prompts", "cut"), ("attention", "flash"), ("router_aux_loss", "0.02")],
 )  # fmt: skip
 def test_a_value_above_its_range_is_named(tmp_path: Path, values: dict[str, Any], key: str, value: Any) -> None:
     """A share of all steps is below 1 (the Trainer would take 1.5 for a number of steps), and so are Adam's betas."""
@@ -119,7 +122,25 @@ def test_overrides_replace_values(tmp_path: Path, values: dict[str, Any], files:
     words = ["--recipe", str(files["recipe"]), "--learning-rate", "1e-4", "--global-batch", "4", "--alpha", "0"]
     recipe = AlignmentRecipe.from_arguments(parser.parse_args(words))
     changed = {"learning_rate": 1e-4, "global_batch": 4, "alpha": 0.0}
-    assert dataclasses.asdict(recipe) == {**values, **changed}
+    assert dataclasses.asdict(recipe) == {**dataclasses.asdict(load(tmp_path, values)), **changed}
+
+
+def test_a_switch_is_true_or_false(tmp_path: Path, values: dict[str, Any], files: dict[str, Path]) -> None:
+    """`--gradient-checkpointing false` means false, as in YAML; other words are refused."""
+    parser = argparse.ArgumentParser()
+    AlignmentRecipe.add_arguments(parser)
+    for word, meaning in (("true", True), ("false", False)):
+        words = ["--recipe", str(files["recipe"]), "--gradient-checkpointing", word]
+        assert AlignmentRecipe.from_arguments(parser.parse_args(words)).gradient_checkpointing is meaning
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--recipe", "x", "--gradient-checkpointing", "maybe"])
+    assert "gradient_checkpointing = 1 must be a bool" in refusal(tmp_path, {**values, "gradient_checkpointing": 1})
+
+
+def test_some_checkpoint_is_written(tmp_path: Path, values: dict[str, Any]) -> None:
+    """Checkpoints come by steps or by minutes; without either nothing could be resumed."""
+    assert load(tmp_path, values, checkpoint_every=0, checkpoint_minutes=5.0).checkpoint_minutes == 5
+    assert "set checkpoint_every" in refusal(tmp_path, values, checkpoint_every=0)
 
 
 def test_accumulation_is_exact_or_refused(tmp_path: Path, values: dict[str, Any]) -> None:

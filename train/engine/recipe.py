@@ -8,11 +8,31 @@ from typing import Any, Self
 
 import yaml
 from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from data_prep.files import InputError
 
+CHOICES = {
+    "tuning": ("full", "lora", "qlora"),
+    "dtype": ("float32", "bfloat16"),
+    "attention": ("auto", "dense", "split", "flex"),
+    "long_prompts": ("refuse", "keep_end"),
+    "router_aux_loss": ("", "declined", "as_configured"),
+}
+MAY_BE_ZERO = {
+    "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "seed", "alpha", "max_tokens", "kl_prompts",
+    "checkpoint_every", "checkpoint_minutes", "gradient_checkpointing",
+}  # fmt: skip
 
-@dataclasses.dataclass(frozen=True)
+
+def switch(text: str) -> bool:
+    """`true` or `false` on a command line; ValueError for anything else."""
+    if text not in ("true", "false"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The settings that every training run has. Lengths in tokens, intervals in optimizer steps."""
 
@@ -26,20 +46,36 @@ class Recipe:
     epochs: int
     global_batch: int  # prompts per optimizer step, over all devices
     micro_batch: int  # prompts per forward pass on one device
-    max_prompt_tokens: int  # a longer prompt is refused
+    max_prompt_tokens: int
     max_response_tokens: int  # with EOS; each response is cut to this by itself, and cut ones are counted
+    max_tokens: int = 0  # of the prompt and one response together; 0: no limit beside the two above
+    long_prompts: str = "refuse"  # a prompt over its limit: refuse, or keep_end (its last tokens; counted)
     log_every: int
-    checkpoint_every: int
+    checkpoint_every: int  # 0: only every `checkpoint_minutes`
+    checkpoint_minutes: float = 0.0  # wall time between checkpoints; 0: only every `checkpoint_every` steps
+    optimizer: str = "adamw_torch"  # a name that transformers knows
+    dtype: str = "float32"  # of the forward pass and the frozen weights; trained weights and sums are float32
+    gradient_checkpointing: bool = False
+    attention: str = "auto"  # how packed streams attend: dense, split, flex, or auto (see train.engine.attention)
     seed: int
 
     def __post_init__(self) -> None:
         """Raise InputError for a value that cannot be trained with."""
-        may_be_zero = {"warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "seed", "alpha"}
         for name, value in vars(self).items():
-            if not isinstance(value, str) and not (value > 0 or (value == 0 and name in may_be_zero)):
-                raise InputError(f"recipe: {name} = {value} must be {'at least' if name in may_be_zero else 'above'} 0")
+            if isinstance(value, str):
+                if name in CHOICES and value not in CHOICES[name]:
+                    raise InputError(f"recipe: {name} = {value!r} is unknown; known are {', '.join(CHOICES[name])}")
+                continue
+            zero = name in MAY_BE_ZERO
+            if not (value > 0 or (value == 0 and zero)):
+                raise InputError(f"recipe: {name} = {value} must be {'at least' if zero else 'above'} 0")
             if value == math.inf or (name in ("warmup_ratio", "adam_beta1", "adam_beta2") and value >= 1):
                 raise InputError(f"recipe: {name} = {value} must be {'finite' if value == math.inf else 'below 1'}")
+        if not self.checkpoint_every and not self.checkpoint_minutes:
+            raise InputError("recipe: without checkpoints nothing can be resumed; set checkpoint_every or _minutes")
+        optimizers = [optimizer.value for optimizer in OptimizerNames]
+        if self.optimizer not in optimizers:
+            raise InputError(f"recipe: optimizer = {self.optimizer!r} is unknown; known are {', '.join(optimizers)}")
         schedules = [schedule.value for schedule in SchedulerType]
         if self.lr_schedule not in schedules:
             raise InputError(f"recipe: lr_schedule = {self.lr_schedule!r} is unknown; known are {', '.join(schedules)}")
@@ -83,7 +119,8 @@ class Recipe:
         parser.add_argument("--recipe", required=True, help="YAML file with the settings of the run")
         group = parser.add_argument_group("overrides of the recipe")
         for field in dataclasses.fields(cls):
-            group.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, metavar=field.type.__name__)
+            kind = switch if field.type is bool else field.type
+            group.add_argument(f"--{field.name.replace('_', '-')}", type=kind, metavar=field.type.__name__)
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> Self:
@@ -100,21 +137,36 @@ def _typed(path: Path | str, key: str, value: Any, kind: type) -> Any:
             return float(value)
         except ValueError:
             pass
+    if kind is str and value is None:  # `key:` with nothing behind it
+        return ""
     if type(value) is not kind:
         raise InputError(f"{path}: {key} = {value!r} must be a {kind.__name__}")
     return value
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AlignmentRecipe(Recipe):
-    """The settings of a run that aligns a policy pi, starting from the reference mu."""
+    """The settings of a run that aligns a policy pi, starting from the reference mu.
 
+    model, model_revision, rows, eval_rows are what the command line's options of these names default to.
+    """
+
+    model: str = ""
+    model_revision: str = ""
+    rows: str = ""
+    eval_rows: str = ""
     beta: float  # scale of the learned reward r = beta * (log pi - log mu)
     alpha: float  # reward temperature, in units of reward: labels are softmax(reward / alpha)
     evaluate_every: int  # steps between two measurements of the likelihood trend
+    kl_prompts: int  # held-out prompts with one sample each for KL(pi || mu) at each of them; 0: no KL
+    tuning: str = "full"  # all parameters, lora (adapters on every projection), qlora (lora on an nf4 base)
+    lora_rank: int = 16
+    lora_alpha: int = 16  # scale of the adapters is lora_alpha / lora_rank; there is no dropout
+    router_aux_loss: str = ""  # a mixture's load-balancing loss, to be named for a mixture: declined or as_configured
+    quirks: str = ""  # of the released code: names from train.engine.official, separated by commas, or "official"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SftRecipe(Recipe):
     """The settings of supervised fine-tuning of a new, small MistralForCausalLM."""
 
