@@ -105,7 +105,7 @@ def seed_stages(seed: int, root: Path, quick: bool) -> Iterator[Stage]:
     lengths = recipes[REGIMES[0]]  # limits and batches are the same in all regimes
     yield stage(
         f"{label} reference log-probs", "train.engine.reference", [mu, *scored, lengths], [cache],
-        model=mu, rows=scored, recipe=lengths, cache=cache,
+        model=mu, rows=scored[0], eval_rows=scored[1], recipe=lengths, cache=cache,
     )  # fmt: skip
     policies = {"mu": mu}
     for regime in REGIMES:

@@ -84,7 +84,7 @@ def main() -> None:
     sampler = EpochSampler([row.stream_length for row in rows], recipe.global_batch, recipe.epochs, recipe.seed)
     no_reference = {row.id: [0.0] for row in rows}
     trainer = RowTrainer(model, training_arguments(run.path, recipe), rows, no_reference, sft_loss, sampler)
-    train(trainer, run)
+    train(trainer, run, recipe)
     facts = {"rows": encoder.facts(), "work": {"steps": trainer.state.global_step}}
     run.finish(model, tokenizer, [], facts | model_facts(model, trainer), {"device": str(trainer.args.device)})
 

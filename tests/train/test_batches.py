@@ -1,35 +1,41 @@
 """Packed batches against a stream worked by hand and a mask built pair by pair; the order of training."""
 
+import dataclasses
 from collections.abc import Callable
 from itertools import chain, islice
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from torch.nn.attention.flex_attention import create_mask
 from torch.utils.data import BatchSampler
 
 from data_prep.files import InputError
-from train.engine.batches import EpochSampler, attention_mask, collate, in_batches
+from train.engine.attention import block_mask, dense_mask, may_attend
+from train.engine.batches import EpochSampler, collate, in_batches
 from train.engine.tokens import EncodedRow
 
 LENGTHS = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5, 3]
 
 
 def test_collate_by_hand() -> None:
-    """Prompts end at column P; positions restart for each response; last tokens are targets, never inputs."""
+    """One stream without padding; positions restart for each response; last tokens are targets, never inputs."""
     rows = [
         EncodedRow("a", [11, 12, 13], [[21, 22, 23], [31]], [2.0, -1.0]),
-        EncodedRow("b", [14], [[41, 42], [51, 52], [61, 62, 63]], [0.5, 1.5, 3.0]),
+        EncodedRow("b", [14], [[41, 42], [51, 52], [61, 14, 63]], [0.5, 1.5, 3.0], unattended=14),
     ]
     batch = collate(rows, {"a": [-1.5, -2.5], "b": [-3.5, -4.5, -5.5]})
     expected = {
-        "input_ids": [[11, 12, 13, 21, 22, 0, 0], [0, 0, 14, 41, 51, 61, 62]],
-        "position_ids": [[0, 1, 2, 3, 4, 0, 0], [0, 0, 0, 1, 1, 1, 2]],
-        "segments": [[0, 0, 0, 1, 1, -1, -1], [-1, -1, 0, 1, 2, 3, 3]],
-        "targets": [[[21, 22, 23], [31, 0, 0], [0, 0, 0]], [[41, 42, 0], [51, 52, 0], [61, 62, 63]]],
-        # Row 0 of the kept logits is the prompt's last column; then one for each column of responses.
-        "sources": [[[0, 1, 2], [0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0, 2, 0], [0, 3, 4]]],
-        "target_mask": [[[1, 1, 1], [1, 0, 0], [0, 0, 0]], [[1, 1, 0], [1, 1, 0], [1, 1, 1]]],
+        "input_ids": [[11, 12, 13, 21, 22, 14, 41, 51, 61, 14]],
+        "position_ids": [[0, 1, 2, 3, 4, 0, 1, 1, 1, 2]],
+        "stream_rows": [0, 0, 0, 0, 0, 1, 1, 1, 1, 1],
+        "segments": [0, 0, 0, 1, 1, 0, 1, 2, 3, 3],
+        "attended": [1, 1, 1, 1, 1, 0, 1, 1, 1, 0],
+        "prompt_columns": [[0, 1, 2], [5, -1, -1]],
+        "response_columns": [[[3, 4], [-1, -1], [-1, -1]], [[6, -1], [7, -1], [8, 9]]],
+        "targets": [21, 22, 23, 31, 41, 42, 51, 52, 61, 14, 63],
+        "sources": [2, 3, 4, 2, 5, 6, 5, 7, 5, 8, 9],
+        "owners": [0, 0, 0, 1, 3, 3, 4, 4, 5, 5, 5],
         "rewards": [[2.0, -1.0, 0.0], [0.5, 1.5, 3.0]],
         "mask": [[1, 1, 0], [1, 1, 1]],
         "ref_logps": [[-1.5, -2.5, 0.0], [-3.5, -4.5, -5.5]],
@@ -37,7 +43,7 @@ def test_collate_by_hand() -> None:
     assert batch.keys() == expected.keys()
     for name, value in expected.items():
         assert batch[name].tolist() == value, name
-    assert batch["mask"].dtype == batch["target_mask"].dtype == torch.bool
+    assert batch["mask"].dtype == batch["attended"].dtype == torch.bool
     assert batch["rewards"].dtype == batch["ref_logps"].dtype == torch.float32
 
 
@@ -45,35 +51,51 @@ def test_each_target_is_predicted_from_the_token_before_it(encoded_rows: Callabl
     """The source of token t of a response is the column of token t - 1: the prompt's last one for the first token."""
     rows = encoded_rows(12, seed=1)
     batch = collate(rows)
-    first = max(len(row.prompt_ids) for row in rows) - 1
+    k = batch["mask"].shape[1]
+    assert batch["input_ids"].shape[1] == sum(row.stream_length for row in rows)
     for i, row in enumerate(rows):
         for j, response in enumerate(row.response_ids):
-            assert batch["targets"][i, j, batch["target_mask"][i, j]].tolist() == response
-            columns = first + batch["sources"][i, j, batch["target_mask"][i, j]]
-            assert batch["input_ids"][i, columns].tolist() == [row.prompt_ids[-1], *response[:-1]]
+            mine = batch["owners"] == i * k + j
+            assert batch["targets"][mine].tolist() == response
+            columns = batch["sources"][mine]
+            assert batch["input_ids"][0, columns].tolist() == [row.prompt_ids[-1], *response[:-1]]
             start = len(row.prompt_ids) - 1
-            assert batch["position_ids"][i, columns].tolist() == list(range(start, start + len(response)))
-            assert batch["segments"][i, columns].tolist() == [0] + [j + 1] * (len(response) - 1)
+            assert batch["position_ids"][0, columns].tolist() == list(range(start, start + len(response)))
+            assert batch["segments"][columns].tolist() == [0] + [j + 1] * (len(response) - 1)
+            assert batch["stream_rows"][columns].unique().tolist() == [i]
 
 
+@pytest.mark.parametrize("unattended", [None, 7])
 @pytest.mark.parametrize("window", [None, 1, 3, 6])
-def test_attention_mask_pair_by_pair(encoded_rows: Callable[..., list[EncodedRow]], window: int | None) -> None:
-    """A token sees what it would see if its response stood alone behind the prompt, and nothing else."""
-    rows = encoded_rows(5, seed=2, longest=6)
+def test_attention_pair_by_pair(
+    encoded_rows: Callable[..., list[EncodedRow]], window: int | None, unattended: int | None
+) -> None:
+    """A token sees what it would see if its response stood alone behind the prompt, and nothing else: in the dense
+    mask and in FlexAttention's."""
+    rows = [dataclasses.replace(r, unattended=unattended) for r in encoded_rows(5, seed=2, longest=6, vocabulary=9)]
     batch = collate(rows)
-    found = attention_mask(batch["segments"], batch["position_ids"], window)
-    width = max(len(row.prompt_ids) for row in rows)
-    for i, row in enumerate(rows):
-        prompt = [(width - len(row.prompt_ids) + t, t) for t in range(len(row.prompt_ids))]  # column, position
-        column, seen = width, {}
+    seen: dict[int, set[int]] = {}
+    column = 0
+    for row in rows:
+        prompt = [(column + t, t, token) for t, token in enumerate(row.prompt_ids)]  # column, position, token
+        column += len(prompt)
         for response in row.response_ids:
-            alone = prompt + [(column + t, len(prompt) + t) for t in range(len(response) - 1)]
+            alone = prompt + [(column + t, len(prompt) + t, token) for t, token in enumerate(response[:-1])]
             column += len(response) - 1
-            for query, at in alone:
-                seen[query] = {key for key, to in alone if to <= at and (window is None or at - to < window)}
-        for query, keys in seen.items():
-            assert set(found[i, 0, query].nonzero().flatten().tolist()) == keys
-        assert found[i, 0].any(-1).all()  # padding too, or its softmax would be NaN
+            for query, at, _ in alone:
+                seen[query] = {
+                    key for key, to, token in alone
+                    if to <= at and (window is None or at - to < window) and (unattended is None or token != unattended)
+                }  # fmt: skip
+    found = dense_mask(batch, window)[0, 0]
+    assert len(seen) == len(found) == column
+    assert any(not keys for keys in seen.values()) == (unattended is not None)
+    for query, keys in seen.items():
+        # A token that sees nothing would make its softmax NaN: it sees itself.
+        assert set(found[query].nonzero().flatten().tolist()) == (keys or {query})
+    flex = create_mask(lambda b, h, q, k: may_attend(batch, window, q, k), 1, 1, column, column, device="cpu")[0, 0]
+    assert torch.equal(flex & ~torch.eye(column, dtype=torch.bool), found & ~torch.eye(column, dtype=torch.bool))
+    assert block_mask(batch, window).sparsity() < 100
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from train.engine.batches import collate
-from train.engine.logps import logps_of_rows, response_logps, sliding_window
+from train.engine.logps import logps_of_rows, packable, response_logps
 from train.engine.tokens import EncodedRow
 
 VOCABULARY = 61
@@ -27,13 +27,16 @@ def build(name: str) -> nn.Module:
     """A small random model; large weights, so that a wrong mask or position moves the log-probs by nats."""
     torch.manual_seed(0)
     window = 4 if name.endswith("window") else None
+    how = "dense" if "dense" in name else "split"
     if name.startswith("mistral"):
-        return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window)).eval()
+        return packable(MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window)).eval(), how)
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return MixtralForCausalLM(MixtralConfig(**SHAPE, **experts, sliding_window=window)).eval()
+    return packable(MixtralForCausalLM(MixtralConfig(**SHAPE, **experts, sliding_window=window)).eval(), how)
 
 
-@pytest.fixture(scope="module", params=["mistral", "mistral window", "mixtral", "mixtral window"])
+@pytest.fixture(
+    scope="module", params=["mistral", "mistral dense", "mistral window", "mixtral", "mixtral dense", "mixtral window"]
+)
 def model(request: pytest.FixtureRequest) -> nn.Module:
     """Grouped-query attention in all of them; a window of 4 is shorter than most streams."""
     return build(request.param)
@@ -54,7 +57,7 @@ def test_packed_equals_separate_forward_passes(model: nn.Module, encoded_rows: R
     assert any(len(ids) == 1 for row in rows for ids in row.response_ids)
     with torch.no_grad():
         batch = collate(rows)
-        found = response_logps(model, batch, sliding_window(model))
+        found = response_logps(model, batch)
         assert found.shape == batch["mask"].shape
         assert found.dtype == torch.float32
         for i, row in enumerate(rows):
@@ -74,7 +77,7 @@ def test_gradients_equal_those_of_separate_forward_passes(
         loss = sum(losses, start=torch.zeros(()))
         return list(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
 
-    packed = response_logps(model, collate(rows), sliding_window(model))
+    packed = response_logps(model, collate(rows))
     found = gradients([(weights[:, : packed.shape[1]] * torch.tanh(packed / 20)).sum()])
     expected = gradients([
         weights[i, j] * torch.tanh(value / 20)
@@ -88,11 +91,11 @@ def test_gradients_equal_those_of_separate_forward_passes(
 def test_the_window_matters_here(encoded_rows: Rows) -> None:
     """The windowed models of this file differ from the full ones, or the tests above would prove nothing."""
     rows = encoded_rows(8, seed=0)
-    with torch.no_grad():
-        batch = collate(rows)
-        windowed = build("mistral window")
-        assert sliding_window(windowed) == 4
-        assert (response_logps(windowed, batch, 4) - response_logps(windowed, batch, None)).abs().max() > 0.1
+    windowed, full = (logps_of_rows(build(name), rows, 8) for name in ("mistral window", "mistral"))
+    assert (
+        max(abs(a - b) for ours, theirs in zip(windowed, full, strict=True) for a, b in zip(ours, theirs, strict=True))
+        > 0.1
+    )
 
 
 def test_batch_shape_and_padding_change_nothing(model: nn.Module, encoded_rows: Rows) -> None:
@@ -110,15 +113,6 @@ def test_batch_shape_and_padding_change_nothing(model: nn.Module, encoded_rows: 
     for how, found in others.items():
         for ours, theirs in zip(found, alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), how
-
-
-def test_padding_ids_are_never_read(mistral: nn.Module, encoded_rows: Rows) -> None:
-    """Whatever token stands in the padding columns, no log-prob moves at all."""
-    batch = collate(encoded_rows(6, seed=3))
-    with torch.no_grad():
-        before = response_logps(mistral, batch, None)
-        batch["input_ids"] = batch["input_ids"].masked_fill(batch["segments"] < 0, VOCABULARY - 1)
-        assert torch.equal(response_logps(mistral, batch, None), before)
 
 
 def test_responses_do_not_see_each_other(model: nn.Module, encoded_rows: Rows) -> None:
@@ -159,7 +153,7 @@ def test_extreme_logits_stay_finite(encoded_rows: Rows, plain_logps: Plain) -> N
     with torch.no_grad():
         model.get_output_embeddings().weight *= 1e4
     rows = encoded_rows(3, seed=5)
-    found = response_logps(model, collate(rows), None)
+    found = response_logps(model, collate(rows))
     (-found.sum()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     exact = build("mistral").double()

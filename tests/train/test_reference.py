@@ -151,7 +151,7 @@ def test_the_command_fills_the_cache_that_a_run_reads(
 ) -> None:  # fmt: skip
     """`python -m train.engine.reference` beforehand: the run adds nothing, and its policy is the same."""
     shared = tmp_path / "shared"
-    words = ["reference", "--model", mu, "--rows", files["rows"], files["heldout"], "--cache", shared]
+    words = ["reference", "--model", mu, "--rows", files["rows"], "--eval-rows", files["heldout"], "--cache", shared]
     monkeypatch.setattr(sys, "argv", [str(word) for word in [*words, "--recipe", files["recipe"]]])
     reference.main()
     (path,) = shared.glob("*.jsonl")

@@ -389,8 +389,9 @@ def trend_trainer(
     return TrendTrainer(
         model, training_arguments(path, recipe, evaluate_every=2), rows, train_reference, OBJECTIVE,
         EpochSampler([row.stream_length for row in rows], 8, 1, seed=0),
-        heldout=heldout, heldout_ref_logps=heldout_reference, train_subset=rows, reference=reference,
+        heldout=heldout, heldout_ref_logps=heldout_reference, train_subset=rows, reference=reference, kl_rows=heldout,
         tokenizer=tokenizer, beta=0.5, max_response_tokens=8, trend_path=path / "trend.jsonl", batch_size=8,
+        start_tolerance=1e-3,
     )  # fmt: skip
 
 
@@ -450,7 +451,7 @@ def test_sft_trains_a_policy_that_alignment_can_start_from(
     shape = {"vocabulary": 300, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "feed_forward": 64,
              "positions": 128, "epochs": 8, "max_grad_norm": 20.0}  # fmt: skip
     recipe = yaml.safe_load(files["recipe"].read_text()) | shape
-    for key in ("beta", "alpha", "evaluate_every"):
+    for key in ("beta", "alpha", "evaluate_every", "kl_prompts"):
         del recipe[key]
     path = tmp_path / "sft.yaml"
     path.write_text(yaml.safe_dump(recipe))

@@ -1,11 +1,10 @@
-"""Encoded rows to tensors: for each prompt one packed stream, [prompt, r_1, ..., r_K].
+"""Encoded rows to tensors: B prompts, each with its K responses, in one stream without padding.
 
-The prompt is encoded once for its K responses. Positions restart at the prompt's length for each response, and
-a response attends to the prompt and to itself only, so every log-prob is that of the response alone behind its
+    [prompt, r_1, ..., r_K] of row 1, then of row 2, ...
+
+A prompt is encoded once for its K responses. Positions restart at the prompt's length for each response, and a
+response attends to its prompt and to itself only, so every log-prob is that of the response alone behind its
 prompt. The last token of a response is a target, never an input.
-
-Prompts are right-aligned: all responses of a batch begin at the same column P, and the language-model head is
-needed from column P - 1 on.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,69 +16,61 @@ from torch.utils.data import Sampler
 from data_prep.files import InputError
 from train.engine.tokens import EncodedRow
 
-PADDING, PROMPT = -1, 0  # segment numbers; response i (from 0) is segment i + 1
-
 
 def collate(rows: Sequence[EncodedRow], ref_logps: Mapping[str, list[float]] | None = None) -> dict[str, Tensor]:
-    """Pack B rows of up to K responses; T columns, of which R = T - P hold responses, N targets a response.
+    """Pack B rows of up to K responses into a stream of T tokens, N of which are predicted.
 
-    input_ids, position_ids, segments   [B, T]      segments as above
-    targets, sources, target_mask       [B, K, N]   token to predict; the kept logit row (0 is column P - 1) that
-                                                    predicts it; whether it is real
-    rewards, mask                       [B, K]      float32, bool
-    ref_logps                           [B, K]      float32, log mu(y|x) by row id; only if given
+    input_ids, position_ids [1, T]      the stream
+    stream_rows             [T]         the row of each token, from 0
+    segments                [T]         0 in a prompt, i + 1 in response i
+    attended                [T]         False for a token that none attends to (EncodedRow.unattended)
+    prompt_columns          [B, P]      where in the stream each prompt lies; -1 behind its end
+    response_columns        [B, K, R]   the same for each response (without its last token)
+    targets, sources        [N]         the token to predict, and the column of the token before it
+    owners                  [N]         b * K + k: the response that a target belongs to
+    rewards, mask           [B, K]      float32, bool
+    ref_logps               [B, K]      float32, log mu(y|x) by row id; only if given
     """
     b, k = len(rows), max(len(row.response_ids) for row in rows)
     p = max(len(row.prompt_ids) for row in rows)
-    r = max(row.stream_length - len(row.prompt_ids) for row in rows)
-    n = max(len(ids) for row in rows for ids in row.response_ids)
-    batch = {
-        "input_ids": torch.zeros(b, p + r, dtype=torch.long),
-        "position_ids": torch.zeros(b, p + r, dtype=torch.long),
-        "segments": torch.full((b, p + r), PADDING),
-        "targets": torch.zeros(b, k, n, dtype=torch.long),
-        "sources": torch.zeros(b, k, n, dtype=torch.long),
-        "target_mask": torch.zeros(b, k, n, dtype=torch.bool),
-        "rewards": torch.zeros(b, k),
-        "mask": torch.zeros(b, k, dtype=torch.bool),
-    }
+    r = max(len(ids) - 1 for row in rows for ids in row.response_ids)
+    stream: dict[str, list[int]] = {name: [] for name in ("input_ids", "position_ids", "stream_rows", "segments")}
+    predicted: dict[str, list[int]] = {name: [] for name in ("targets", "sources", "owners")}
+    attended: list[bool] = []
+    prompt_columns = torch.full((b, p), -1)
+    response_columns = torch.full((b, k, r), -1)
+    rewards, mask = torch.zeros(b, k), torch.zeros(b, k, dtype=torch.bool)
+
+    def append(i: int, segment: int, ids: list[int], first_position: int) -> Tensor:
+        start = len(attended)
+        stream["input_ids"] += ids
+        stream["position_ids"] += range(first_position, first_position + len(ids))
+        stream["stream_rows"] += [i] * len(ids)
+        stream["segments"] += [segment] * len(ids)
+        attended.extend(token != rows[i].unattended for token in ids)
+        return torch.arange(start, start + len(ids))
+
     for i, row in enumerate(rows):
         length = len(row.prompt_ids)
-        batch["input_ids"][i, p - length : p] = torch.tensor(row.prompt_ids)
-        batch["position_ids"][i, p - length : p] = torch.arange(length)
-        batch["segments"][i, p - length : p] = PROMPT
-        offset = 0  # columns of this row's responses so far
+        prompt_columns[i, :length] = append(i, 0, row.prompt_ids, 0)
+        before = len(attended) - 1  # the prompt's last token predicts the first one of all its responses
         for j, ids in enumerate(row.response_ids):
-            inputs = len(ids) - 1
-            columns = slice(p + offset, p + offset + inputs)
-            batch["input_ids"][i, columns] = torch.tensor(ids[:-1], dtype=torch.long)
-            batch["position_ids"][i, columns] = length + torch.arange(inputs)
-            batch["segments"][i, columns] = j + 1
-            batch["targets"][i, j, : len(ids)] = torch.tensor(ids)
-            batch["sources"][i, j, 1 : len(ids)] = offset + 1 + torch.arange(inputs)
-            batch["target_mask"][i, j, : len(ids)] = True
-            offset += inputs
-        batch["rewards"][i, : len(row.rewards)] = torch.tensor(row.rewards)
-        batch["mask"][i, : len(row.rewards)] = True
+            columns = append(i, j + 1, ids[:-1], length)
+            response_columns[i, j, : len(columns)] = columns
+            predicted["targets"] += ids
+            predicted["sources"] += [before, *columns.tolist()]
+            predicted["owners"] += [i * k + j] * len(ids)
+        rewards[i, : len(row.rewards)] = torch.tensor(row.rewards)
+        mask[i, : len(row.rewards)] = True
+    batch = {name: torch.tensor(values) for name, values in (stream | predicted).items()}
+    batch |= {name: batch[name][None] for name in ("input_ids", "position_ids")}
+    batch |= {"attended": torch.tensor(attended), "prompt_columns": prompt_columns, "rewards": rewards, "mask": mask}
+    batch["response_columns"] = response_columns
     if ref_logps is not None:
         batch["ref_logps"] = torch.zeros(b, k)
         for i, row in enumerate(rows):
             batch["ref_logps"][i, : len(row.rewards)] = torch.tensor(ref_logps[row.id])
     return batch
-
-
-def attention_mask(segments: Tensor, position_ids: Tensor, window: int | None) -> Tensor:
-    """Who may attend to whom, bool [B, 1, T, T] (query, key): earlier columns of the prompt and of one's own
-    response, at most `window` - 1 positions back if the model has a sliding window."""
-    query, key = segments.unsqueeze(2), segments.unsqueeze(1)
-    columns = segments.shape[1]
-    causal = torch.ones(columns, columns, dtype=torch.bool, device=segments.device).tril()
-    allowed = causal & ((key == PROMPT) | (key == query)) & (key != PADDING)
-    if window is not None:  # in positions: columns of other responses lie between, but are not there
-        allowed &= position_ids.unsqueeze(2) - position_ids.unsqueeze(1) < window
-    # A padding query sees itself, so that its softmax is defined; nobody reads the result.
-    allowed |= torch.eye(columns, dtype=torch.bool, device=segments.device)
-    return allowed.unsqueeze(1)
 
 
 def in_batches(rows: Sequence[EncodedRow], size: int) -> Iterator[list[int]]:

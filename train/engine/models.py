@@ -1,26 +1,34 @@
 """Loading and saving models and tokenizers; making the small ones that are trained from scratch."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.utils import logging as transformers_logging
 
-from data_prep.files import InputError, sha256_text
+from data_prep.files import InputError, read_json, sha256_text
 from data_prep.manifest import file_digest
+from train.engine.attention import NAME as ATTENTION_NAME
+from train.engine.logps import packable
+from train.engine.official import parse_quirks
+from train.engine.recipe import AlignmentRecipe
 
 BOS, EOS, PAD, USER, ASSISTANT, SYSTEM = "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"
 # Turns as in the Zephyr template, without its newlines: each marker is one token, so that no merge can cross
@@ -32,9 +40,25 @@ CHAT_TEMPLATE = (
 transformers_logging.disable_progress_bar()  # weights load in a blink here; the bars that matter are ours
 
 
+# All projections of attention and of the feed-forward layers, as in the released recipe. A mixture's experts are two
+# three-dimensional parameters in current transformers, not modules; its router stays as it is.
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ADAPTED = {
+    "mistral": {"target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]},
+    "mixtral": {
+        "target_modules": ATTENTION,
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+}
+BASE_FILE = "base.json"  # beside an adapter: the model it belongs to
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Where a model comes from: a local directory, or a Hub id with its pinned revision (a commit)."""
+    """Where a model comes from: a local directory, or a Hub id with its pinned revision (a commit).
+
+    A directory may hold a whole model, or an adapter with the base that it belongs to (in base.json).
+    """
 
     name: str
     revision: str | None = None
@@ -46,6 +70,13 @@ class Checkpoint:
                 f"{self.name}: no such directory; for a model from the Hub name its commit with --model-revision"
             )
 
+    @classmethod
+    def of(cls, recipe: AlignmentRecipe) -> "Checkpoint":
+        """The reference policy that a recipe starts from."""
+        if not recipe.model:
+            raise InputError("the recipe names no model; give --model")
+        return cls(recipe.model, recipe.model_revision or None)
+
     @property
     def is_local(self) -> bool:
         """Whether the name is a directory."""
@@ -56,21 +87,126 @@ class Checkpoint:
         """Content of a local directory, or the name and commit on the Hub."""
         return file_digest(self.name) if self.is_local else sha256_text(f"{self.name}@{self.revision}")
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model, in float32 without dropout, and its tokenizer; InputError if they cannot be read.
+    def load(
+        self, *, dtype: torch.dtype = torch.float32, weights: torch.dtype | None = None,
+        quantized: torch.dtype | None = None, attention: str = "auto", router_aux_loss: bool = False,
+        device_map: Any = None,
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
+        """The model, without dropout and `packable`, and its tokenizer; InputError if they cannot be read.
 
-        Only safetensors are read and no code of the checkpoint is run.
+        dtype: of the forward pass. weights: of the weights, if not `dtype`. quantized: nf4 weights, computing in this
+        dtype. attention, router_aux_loss: see `packable`. device_map: as transformers takes it.
+        Only safetensors are read and no code of the checkpoint is run. An adapter is put on its recorded base, in the
+        quantization that it was trained on, and refused on any other.
         """
-        options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": False}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                self.name, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa", **options
+        name, revision = self.name, self.revision
+        adapter = self.is_local and (Path(self.name) / "adapter_config.json").exists()
+        if adapter:
+            base, quantization = _recorded_base(Path(self.name))
+            name, revision = base.name, base.revision
+            quantized = quantized or quantization
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        loading = {"dtype": weights or dtype, "device_map": device_map}
+        if quantized:
+            loading["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=quantized
             )
-        except (OSError, ValueError, SafetensorError) as error:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.name, **({"trust_remote_code": False} if adapter else options)
+            )
+            model = AutoModelForCausalLM.from_pretrained(
+                name, use_safetensors=True, attn_implementation=ATTENTION_NAME, **loading, **options
+            )
+            if quantized:
+                _quantize_experts(model)
+            if adapter:
+                model = PeftModel.from_pretrained(model, self.name, use_safetensors=True)
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise InputError(f"{self.name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
         disable_dropout(model)
+        return packable(model, attention, dtype, router_aux_loss), tokenizer
+
+
+def _recorded_base(adapter: Path) -> tuple[Checkpoint, torch.dtype | None]:
+    """The base of an adapter, and the compute dtype of its quantization; InputError unless it is the recorded one."""
+    if not (adapter / BASE_FILE).exists():
+        raise InputError(f"{adapter}: an adapter without {BASE_FILE}: its base is unknown; train it again")
+    recorded = read_json(adapter / BASE_FILE)
+    try:
+        base = Checkpoint(recorded["name"], recorded["revision"])
+        if base.digest != recorded["digest"]:
+            raise InputError(
+                f"{adapter}: was trained on {recorded['name']} with digest {recorded['digest'][:12]}, which is "
+                f"{base.digest[:12]} now; bring the base back"
+            )
+        return base, getattr(torch, recorded["quantized"]) if recorded["quantized"] else None
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{adapter / BASE_FILE}: not a record of a base; train the adapter again") from None
+
+
+def _quantize_experts(model: PreTrainedModel) -> None:
+    """nf4 for the experts of a mixture, which bitsandbytes leaves as they are: it quantizes modules only."""
+    for module in model.modules():
+        if isinstance(module, MixtralExperts):
+            from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+            for name in ("gate_up_proj", "down_proj"):
+                replace_parameter_4bit(module, name, quant_type="nf4")
+
+
+def load_policy(
+    checkpoint: Checkpoint, recipe: AlignmentRecipe, device: torch.device, *, spread: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The start of a run, pi = mu, as the recipe trains it: all parameters, or adapters on a frozen base. On the
+    CPU until the Trainer moves it, unless its weights are quantized, or `spread` over all devices of the machine."""
+    computes, full = getattr(torch, recipe.dtype), recipe.tuning == "full"
+    quantized = getattr(torch, nf4_compute(recipe)) if recipe.tuning == "qlora" else None
+    router = recipe.router_aux_loss == "as_configured"
+    on_device = {"": device} if quantized and device.type == "cuda" else None
+    model, tokenizer = checkpoint.load(
+        dtype=computes, weights=torch.float32 if full else computes, quantized=quantized, attention=recipe.attention,
+        router_aux_loss=router, device_map="auto" if spread else on_device,
+    )  # fmt: skip
+    architecture = model.config.model_type
+    is_mixture = hasattr(model.config, "num_local_experts")
+    if is_mixture and not recipe.router_aux_loss:
+        raise InputError(
+            f"{checkpoint.name}: a mixture of experts has a load-balancing loss; name it in the recipe "
+            "(router_aux_loss: declined or as_configured)"
+        )
+    if router and not is_mixture:
+        raise InputError(f"{checkpoint.name}: no mixture of experts, so there is no router_aux_loss; leave it out")
+    if full:
         return model, tokenizer
+    if isinstance(model, PeftModel):
+        raise InputError(f"{checkpoint.name}: an adapter cannot carry adapters; merge it first (python -m train.merge)")
+    if architecture not in ADAPTED:
+        raise InputError(f"{checkpoint.name}: adapters are known for {', '.join(ADAPTED)}, not for {architecture}")
+    torch.manual_seed(recipe.seed)  # of the adapters' random half; the other half is zero, so that pi = mu
+    config = LoraConfig(
+        r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        **ADAPTED[architecture],
+    )  # fmt: skip
+    return get_peft_model(model, config), tokenizer
+
+
+def nf4_compute(recipe: AlignmentRecipe) -> str:
+    """The dtype that nf4 weights are multiplied in."""
+    return "float16" if "float16_compute" in parse_quirks(recipe.quirks) else recipe.dtype
+
+
+def record_base(checkpoint: Checkpoint, recipe: AlignmentRecipe) -> dict[str, Any]:
+    """What base.json says of the model that an adapter belongs to."""
+    quantized = nf4_compute(recipe) if recipe.tuning == "qlora" else None
+    name = str(Path(checkpoint.name).resolve()) if checkpoint.is_local else checkpoint.name
+    return {"name": name, "revision": checkpoint.revision, "digest": checkpoint.digest, "quantized": quantized}
+
+
+def as_reference(policy: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
+    """A context in which a policy with adapters is its base: the reference mu. Without adapters nothing changes,
+    so the policy is mu only until it is trained."""
+    return policy.disable_adapter() if isinstance(policy, PeftModel) else contextlib.nullcontext()
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
@@ -116,4 +252,4 @@ def new_mistral(
         sliding_window=None, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, attn_implementation="sdpa",
     )  # fmt: skip
-    return MistralForCausalLM(config)
+    return packable(MistralForCausalLM(config))

@@ -4,25 +4,28 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
-from data_prep.files import sha256_text
+from data_prep.files import InputError, sha256_text
 from data_prep.manifest import plan
 from data_prep.rows import read_rows
 from train.engine.batches import EpochSampler
-from train.engine.models import Checkpoint
+from train.engine.models import Checkpoint, as_reference, load_policy, record_base
 from train.engine.recipe import AlignmentRecipe, Recipe
-from train.engine.reference import ReferenceCache
+from train.engine.reference import ReferenceCache, precision_of, tolerance_of
 from train.engine.rundir import RunDirectory
 from train.engine.tokens import Encoder
 from train.engine.trainer import Bookkeeping, RowTrainer, TrendTrainer
 
+PLACES = ("model", "rows", "eval_rows")
 TRAIN_SUBSET = 128  # training rows on which the trend is measured beside the held-out set
 
 
@@ -33,24 +36,30 @@ def align(method: str, loss: Any, uses: tuple[str, ...]) -> None:
         description=sys.modules["__main__"].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="the reference policy mu, and the start: directory or Hub id")
-    parser.add_argument("--model-revision", help="commit, for a model from the Hub")
-    parser.add_argument("--rows", required=True, help="training rows, .jsonl or .parquet")
-    parser.add_argument("--eval-rows", required=True, help="held-out rows on which the likelihood trend is measured")
-    parser.add_argument("--out", required=True, help="run directory")
+    parser.add_argument("--out", help="run directory; needed unless --dry-run")
     parser.add_argument("--reference-cache", help="directory shared between runs; default: inside the run")
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier run left in --out")
+    parser.add_argument("--report-to", nargs="+", default=[], help="tensorboard, wandb: what the Trainer knows")
+    parser.add_argument("--dry-run", action="store_true", help="print the whole plan: memory, disk, steps, hours")
+    parser.add_argument("--devices", type=int, default=1, help="for --dry-run")
     AlignmentRecipe.add_arguments(parser)
     arguments = parser.parse_args()
     recipe = AlignmentRecipe.from_arguments(arguments)
-    checkpoint = Checkpoint(arguments.model, arguments.model_revision)
+    if arguments.dry_run:
+        raise NotImplementedError
+    checkpoint = Checkpoint.of(recipe)
+    missing = [name for name in ("rows", "eval_rows") if not getattr(recipe, name)]
+    missing += [] if arguments.out else ["out"]
+    if missing:
+        raise InputError(f"nothing says --{missing[0].replace('_', '-')}, nor does the recipe; give it")
     options = {name: getattr(recipe, name) for name in uses}
-    inputs = {"rows": arguments.rows, "eval_rows": arguments.eval_rows}
+    inputs = {"rows": recipe.rows, "eval_rows": recipe.eval_rows}
     settings = {
         "method": method,
         "objective": options,
         "recipe_name": Path(arguments.recipe).stem,
-        "recipe": dataclasses.asdict(recipe),
+        # Where files lie decides nothing; their content is among the inputs.
+        "recipe": {key: value for key, value in dataclasses.asdict(recipe).items() if key not in PLACES},
     }
     planned = plan(f"train.{method}", {**settings, "model": checkpoint.digest}, inputs)
     run = RunDirectory(Path(arguments.out), planned)
@@ -62,30 +71,43 @@ def align(method: str, loss: Any, uses: tuple[str, ...]) -> None:
     with state.main_process_first():
         if state.is_main_process:
             run.begin(recipe, arguments.fresh)
-    policy, tokenizer = checkpoint.load()
-    reference, _ = checkpoint.load()
-    reference.requires_grad_(False)
-    encoder = Encoder(tokenizer, recipe.max_prompt_tokens, recipe.max_response_tokens)
-    rows = encoder.rows(read_rows(arguments.rows))
+    sharded = any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+    if sharded and recipe.kl_prompts:
+        raise InputError("a sharded policy cannot be sampled from while it trains; set kl_prompts to 0")
+    arguments_of_trainer = training_arguments(
+        run.path, recipe, evaluate_every=recipe.evaluate_every, report_to=arguments.report_to
+    )  # before the model is loaded: ZeRO-3 must know
+    policy, tokenizer = load_policy(checkpoint, recipe, state.device)
+    encoder = Encoder.of(tokenizer, recipe)
+    rows = encoder.rows(read_rows(recipe.rows))
     facts = {"rows": encoder.facts()}
-    heldout = encoder.rows(read_rows(arguments.eval_rows))
-    cache_directory = Path(arguments.reference_cache or run.path / "reference")
+    heldout = encoder.rows(read_rows(recipe.eval_rows))
     with state.main_process_first():
-        cache = ReferenceCache(cache_directory, checkpoint)
-        reference.to(state.device)
-        ref_logps = cache.logps(reference, rows, recipe.micro_batch)
-        heldout_ref_logps = cache.logps(reference, heldout, recipe.micro_batch)
+        cache = ReferenceCache(
+            Path(arguments.reference_cache or run.path / "reference"), checkpoint, precision_of(recipe)
+        )
+    if sharded:
+        ref_logps, heldout_ref_logps = cache.lookup(rows), cache.lookup(heldout)
+    else:
+        policy.to(state.device)
+        with as_reference(policy):  # nothing is trained yet: pi = mu
+            ref_logps = cache.logps(policy, rows, recipe.micro_batch)
+            heldout_ref_logps = cache.logps(policy, heldout, recipe.micro_batch)
+    reference = None
+    if recipe.kl_prompts:
+        reference = policy if isinstance(policy, PeftModel) else load_policy(checkpoint, recipe, state.device)[0]
 
     subset = sorted(rows, key=lambda row: sha256_text(row.id))[:TRAIN_SUBSET]
     sampler = EpochSampler([row.stream_length for row in rows], recipe.global_batch, recipe.epochs, recipe.seed)
     trainer = TrendTrainer(
-        policy, training_arguments(run.path, recipe, evaluate_every=recipe.evaluate_every), rows, ref_logps,
-        partial(loss, **options), sampler,
+        policy, arguments_of_trainer, rows, ref_logps, partial(loss, **options), sampler,
         heldout=heldout, heldout_ref_logps=heldout_ref_logps, train_subset=subset, reference=reference,
-        tokenizer=tokenizer, beta=recipe.beta, max_response_tokens=recipe.max_response_tokens,
-        trend_path=run.path / "trend.jsonl", batch_size=recipe.micro_batch,
+        kl_rows=heldout[: recipe.kl_prompts], tokenizer=tokenizer, beta=recipe.beta,
+        max_response_tokens=recipe.max_response_tokens, trend_path=run.path / "trend.jsonl",
+        batch_size=recipe.micro_batch, start_tolerance=tolerance_of(precision_of(recipe)),
     )  # fmt: skip
-    train(trainer, run)
+    train(trainer, run, recipe)
+    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # all processes take part
     if not trainer.is_world_process_zero():
         return
     steps = trainer.state.global_step
@@ -96,11 +118,15 @@ def align(method: str, loss: Any, uses: tuple[str, ...]) -> None:
         "tokens_seen": sum(rows[i].stream_length for i in sampler),  # each in one forward and one backward pass
     }
     facts |= model_facts(policy, trainer)
-    run.finish(policy, tokenizer, ["trend.jsonl"], facts, {"device": str(trainer.args.device)})
+    base = record_base(checkpoint, recipe) if isinstance(policy, PeftModel) else None
+    run.finish(policy, tokenizer, ["trend.jsonl"], facts, {"device": device_name(trainer)}, weights, base)
 
 
-def training_arguments(path: Path, recipe: Recipe, evaluate_every: int | None = None) -> TrainingArguments:
-    """The recipe in the Trainer's words. The sampler runs through all epochs, so the Trainer sees one."""
+def training_arguments(
+    path: Path, recipe: Recipe, evaluate_every: int | None = None, report_to: Sequence[str] = ()
+) -> TrainingArguments:
+    """The recipe in the Trainer's words. The sampler runs through all epochs, so the Trainer sees one. Its own mixed
+    precision stays off: the forward pass has the recipe's dtype (train.engine.logps)."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     evaluation: dict[str, Any] = {}
     if evaluate_every:
@@ -111,13 +137,15 @@ def training_arguments(path: Path, recipe: Recipe, evaluate_every: int | None = 
         gradient_accumulation_steps=recipe.accumulation(processes), learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.lr_schedule, warmup_steps=recipe.warmup_ratio, weight_decay=recipe.weight_decay,
         adam_beta1=recipe.adam_beta1, adam_beta2=recipe.adam_beta2, max_grad_norm=recipe.max_grad_norm,
-        logging_steps=recipe.log_every, save_strategy="steps", save_steps=recipe.checkpoint_every, report_to=[],
+        optim=recipe.optimizer, logging_steps=recipe.log_every, report_to=list(report_to), run_name=path.name,
+        save_strategy="steps" if recipe.checkpoint_every else "no", save_steps=recipe.checkpoint_every or 500,
+        gradient_checkpointing=recipe.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=recipe.seed, data_seed=recipe.seed, use_cpu=cpu, dataloader_pin_memory=not cpu,
         remove_unused_columns=False, logging_nan_inf_filter=False, **evaluation,
     )  # fmt: skip
 
 
-def train(trainer: RowTrainer, run: RunDirectory) -> None:
+def train(trainer: RowTrainer, run: RunDirectory, recipe: Recipe) -> None:
     """Train to the end, from the last good checkpoint if there is one."""
     with PartialState().main_process_first():
         resume = run.last_checkpoint()
@@ -127,7 +155,7 @@ def train(trainer: RowTrainer, run: RunDirectory) -> None:
     if resume:
         print(f"{run.path}: continues after step {step}")
     trainer.continue_from(step)
-    trainer.add_callback(Bookkeeping(run.path / "log.jsonl", step))
+    trainer.add_callback(Bookkeeping(run.path / "log.jsonl", step, trainer, recipe.checkpoint_minutes))
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.evaluate()  # does nothing where the last step was an evaluation step
 
@@ -146,3 +174,9 @@ def model_facts(policy: PreTrainedModel, trainer: RowTrainer) -> dict[str, Any]:
         "processes": settings.world_size,
         "global_batch": settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size,
     }
+
+
+def device_name(trainer: RowTrainer) -> str:
+    """The device of this process, with its name on CUDA."""
+    device = trainer.args.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.files import InputError, read_json, sha256_tree, write_json, write_text
 from data_prep.manifest import up_to_date, write_manifest
+from train.engine.models import BASE_FILE
 from train.engine.recipe import Recipe
 
 COMPLETE = "complete.json"  # written last into a checkpoint, with the digest of its files
@@ -68,21 +69,27 @@ class RunDirectory:
 
     def finish(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, outputs: list[str], facts: dict[str, Any],
-        circumstances: dict[str, Any],
+        circumstances: dict[str, Any], weights: dict[str, Any] | None = None, base: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Save the policy and write the manifest."""
-        save_policy(self.path / "policy", policy, tokenizer)
+        """Save the policy and write the manifest. weights: gathered ones of a sharded policy. base: what an adapter
+        belongs to."""
+        save_policy(self.path / "policy", policy, tokenizer, weights, base)
         write_manifest(
             self.path, self.plan, outputs=["policy", "recipe.yaml", *outputs], facts=facts, circumstances=circumstances
         )
 
 
-def save_policy(path: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save model and tokenizer into a directory that appears only when it is whole."""
+def save_policy(
+    path: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Any] | None = None,
+    base: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Save model (or adapter, with its `base`) and tokenizer into a directory that appears only when it is whole."""
     unfinished = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    policy.save_pretrained(unfinished)
+    policy.save_pretrained(unfinished, state_dict=weights)
     tokenizer.save_pretrained(unfinished)
+    if base is not None:
+        write_json(unfinished / BASE_FILE, base)
     shutil.rmtree(path, ignore_errors=True)
     unfinished.rename(path)
 

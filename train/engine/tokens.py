@@ -9,16 +9,21 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.files import InputError, sha256_text
 from data_prep.rows import Row
+from train.engine.recipe import AlignmentRecipe
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRow:
-    """Token ids of one row. The K responses share `prompt_ids`; each ends with EOS unless it was cut."""
+    """Token ids of one row. The K responses share `prompt_ids`; each ends with EOS unless it was cut.
+
+    unattended: a token id that nothing attends to (a quirk of the released code, see train.engine.official).
+    """
 
     id: str
     prompt_ids: list[int]
     response_ids: list[list[int]]
     rewards: list[float]
+    unattended: int | None = None
 
     @property
     def stream_length(self) -> int:
@@ -43,6 +48,11 @@ class Encoder:
         self.counts = dict.fromkeys(
             ("prompts", "responses", "responses_cut", "boundary_shifted", "eos_inside_response"), 0
         )
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, recipe: AlignmentRecipe) -> "Encoder":
+        """The encoder of a run."""
+        return cls(tokenizer, recipe.max_prompt_tokens, recipe.max_response_tokens)
 
     def prompt(self, messages: list[dict[str, str]], name: str) -> tuple[str, list[int]]:
         """Text and ids of a prompt, up to where the response begins; InputError if it is too long."""

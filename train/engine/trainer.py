@@ -10,21 +10,22 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from data_prep.files import InputError, read_jsonl, write_jsonl
+from data_prep.manifest import cost
 from train.engine.batches import EpochSampler, collate, in_batches
-from train.engine.logps import logps_of_rows, response_logps, sliding_window
+from train.engine.logps import causal_lm, logps_of_rows, response_logps_and_aux_loss
+from train.engine.models import as_reference
 from train.engine.rundir import seal
 from train.engine.sampling import sample
 from train.engine.tokens import EncodedRow
 from train.engine.trend import Measured, kl_estimate, summarise
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]  # log_ratios, rewards, mask, all [B, K], to losses [B]
-START_TOLERANCE = 1e-2  # nats a response: what batch shapes change in float32, with room
 KL_SEED = 20_240_208  # the KL's samples are drawn with the same random numbers in every run and at every step
 
 
@@ -43,8 +44,9 @@ class RowTrainer(Trainer):
     ):
         """ref_logps: log mu of each row's responses, by row id. `options` go to transformers.Trainer."""
         self._ids = {row.id: index for index, row in enumerate(rows)}
-        self._objective, self._sampler, self._window = objective, sampler, sliding_window(model)
-        self._ref_logps = ref_logps
+        self._objective, self._sampler, self._ref_logps = objective, sampler, ref_logps
+        self._aux_coefficient = getattr(causal_lm(model), "router_aux_loss_coef", 0.0)
+        self.seen = {"prompts": 0, "tokens": 0}  # by this process, since it started
         super().__init__(model, arguments, train_dataset=rows, data_collator=self._collate, **options)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the prompts of the whole global batch
 
@@ -71,14 +73,18 @@ class RowTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """This micro-batch's share of the mean loss over the prompts of the global batch."""
-        logps = response_logps(model, inputs, self._window)
+        logps, aux_loss = response_logps_and_aux_loss(model, inputs)
         losses = self._objective(logps - inputs["ref_logps"], inputs["rewards"], inputs["mask"])
+        if aux_loss is not None:
+            losses = losses + self._aux_coefficient * aux_loss
         if not torch.isfinite(losses).all():
             bad = inputs["row"][~torch.isfinite(losses)].tolist()
             names = ", ".join(repr(self.train_dataset[i].id) for i in bad)
             raise InputError(
                 f"step {self.state.global_step + 1}: the loss of row {names} is not finite; look at the row"
             )
+        self.seen["prompts"] += len(losses)
+        self.seen["tokens"] += inputs["input_ids"].numel()
         # Processes average their gradients, so each multiplies its sum by their number.
         return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
@@ -89,12 +95,17 @@ class TrendTrainer(RowTrainer):
     def __init__(self, model: PreTrainedModel, arguments: TrainingArguments, rows: list[EncodedRow],
                  ref_logps: dict[str, list[float]], objective: Objective, sampler: EpochSampler, *,
                  heldout: list[EncodedRow], heldout_ref_logps: dict[str, list[float]],
-                 train_subset: list[EncodedRow], reference: PreTrainedModel, tokenizer: Any, beta: float,
-                 max_response_tokens: int, trend_path: Path, batch_size: int):  # fmt: skip
-        """heldout, train_subset: the two fixed sets. reference: mu, for the samples of the KL."""
+                 train_subset: list[EncodedRow], reference: PreTrainedModel | None, kl_rows: list[EncodedRow],
+                 tokenizer: Any, beta: float, max_response_tokens: int, trend_path: Path, batch_size: int,
+                 start_tolerance: float):  # fmt: skip
+        """heldout, train_subset: the two fixed sets. reference: mu, for the samples of the KL to the prompts of
+        kl_rows; the policy itself, if it is an adapter. start_tolerance: see `check_start`."""
         super().__init__(model, arguments, rows, ref_logps, objective, sampler, eval_dataset=heldout)
         self._sets = {"heldout": (heldout, heldout_ref_logps), "train": (train_subset, ref_logps)}
-        self._reference, self._tokenizer, self._beta = reference.to(self.args.device), tokenizer, beta
+        self._reference, self._kl_rows, self._tokenizer, self._beta = reference, kl_rows, tokenizer, beta
+        if reference is not None and reference is not model:
+            reference.requires_grad_(False).to(self.args.device)
+        self._start_tolerance = start_tolerance
         self._max_response_tokens, self._trend_path = max_response_tokens, trend_path
         self._batch_size = batch_size
         self.records: list[dict[str, Any]] = []
@@ -113,26 +124,33 @@ class TrendTrainer(RowTrainer):
             record = {"step": step, "epoch": round(step / self._sampler.steps_per_epoch, 4), "split": split}
             measured = self._measure(rows, ref_logps)
             if step == 0:
-                check_start(rows, measured)
+                check_start(rows, measured, self._start_tolerance)
             record.update(summarise(measured, self._beta))
-            if split == "heldout":
-                record.update(self._kl(rows))
+            if split == "heldout" and self._kl_rows:
+                record.update(self._kl(self._kl_rows))
             self.records.append(record)
         if self.is_world_process_zero():
             write_jsonl(self._trend_path, self.records)
         last = next(record for record in reversed(self.records) if record["split"] == "heldout")
         metrics = {
             "heldout_chosen": last["chosen"]["r"], "heldout_rejected": last["rejected"]["r"],
-            "heldout_margin": last["margin"], "heldout_accuracy": last["accuracy"], "heldout_kl": last["kl"],
+            "heldout_margin": last["margin"], "heldout_accuracy": last["accuracy"],
+            **({"heldout_kl": last["kl"]} if "kl" in last else {}),
         }  # fmt: skip
         self.log(metrics)
         return metrics
 
     def _measure(self, rows: list[EncodedRow], ref_logps: dict[str, list[float]]) -> list[Measured]:
         model = self.accelerator.unwrap_model(self.model)
-        mine = self._share(len(rows))
-        logps = logps_of_rows(model, [rows[i] for i in mine], self._batch_size)
-        found = dict(gather_object(list(zip(mine, logps, strict=True))))
+        # A sharded model needs all processes in each forward pass: batches are cut first, and where they run out
+        # a process repeats one.
+        batches = list(in_batches(rows, self._batch_size))
+        found: dict[int, list[float]] = {}
+        for start in range(0, len(batches), self.accelerator.num_processes):
+            mine = batches[(start + self.accelerator.process_index) % len(batches)]
+            logps = logps_of_rows(model, [rows[i] for i in mine], len(mine))
+            found |= zip(mine, logps, strict=True)
+        found = dict(gather_object(list(found.items())))
         model.train()
         for i, values in found.items():
             if not all(map(math.isfinite, values)):
@@ -158,7 +176,8 @@ class TrendTrainer(RowTrainer):
                 for i, prompt, ids in zip(batches[number], prompts, responses, strict=True)
             ]
             policy = logps_of_rows(model, drawn, self._batch_size)
-            reference = logps_of_rows(self._reference, drawn, self._batch_size)
+            with as_reference(self._reference):
+                reference = logps_of_rows(self._reference, drawn, self._batch_size)
             pairs += [
                 (i, p[0] - q[0], len(ids))
                 for i, p, q, ids in zip(batches[number], policy, reference, responses, strict=True)
@@ -172,38 +191,61 @@ class TrendTrainer(RowTrainer):
         return list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
 
 
-def check_start(rows: list[EncodedRow], measured: list[Measured]) -> None:
-    """Refuse to train unless pi = mu at step 0, in every response: InputError with the row if not."""
+def check_start(rows: list[EncodedRow], measured: list[Measured], tolerance: float) -> None:
+    """Refuse to train unless pi = mu at step 0, in every response: InputError with the row if not.
+
+    tolerance: nats, for a response of n tokens times the root of n: what batch shapes change in the last digits.
+    """
     for row, prompt in zip(rows, measured, strict=True):
-        worst = max(abs(own - ref) for own, ref in zip(prompt.logps, prompt.ref_logps, strict=True))
-        if not worst <= START_TOLERANCE:
-            raise InputError(
-                f"at step 0 the policy is not the reference: |log pi - log mu| is {worst:.4f} nats in row {row.id!r}; "
-                "the reference log-probs belong to another model or template, delete their cache"
-            )
+        for own, ref, n in zip(prompt.logps, prompt.ref_logps, prompt.tokens, strict=True):
+            if not abs(own - ref) <= tolerance * math.sqrt(n):
+                raise InputError(
+                    f"at step 0 the policy is not the reference: |log pi - log mu| is {abs(own - ref):.4f} nats in row "
+                    f"{row.id!r}; the reference log-probs belong to another model or template, delete their cache"
+                )
 
 
 class Bookkeeping(TrainerCallback):
-    """Writes log.jsonl (a line for each logged step) and seals checkpoints, keeping the last good one."""
+    """Writes log.jsonl (a line for each logged step), asks for a checkpoint every so many minutes, and seals
+    checkpoints, keeping the last good one."""
 
-    def __init__(self, path: Path, resumed_at: int):
-        """path: log.jsonl; its lines after step `resumed_at` are dropped, they will be written again."""
+    def __init__(self, path: Path, resumed_at: int, trainer: RowTrainer, checkpoint_minutes: float):
+        """path: log.jsonl; its lines after step `resumed_at` are dropped, they will be written again.
+        checkpoint_minutes: wall time between two checkpoints; 0 for none by time."""
         self.path = path
         self.lines = [line for _, line in read_jsonl(path) if line["step"] <= resumed_at] if path.exists() else []
-        self.started, self.at_start = time.monotonic(), resumed_at
+        self.trainer, self.at_start = trainer, resumed_at
+        self.seconds, self.started = 60 * checkpoint_minutes, time.monotonic()
+        self.saved = self.started
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if self.seconds:
+            due = broadcast_object_list([time.monotonic() - self.saved >= self.seconds])[0]  # one clock for all
+            control.should_save = control.should_save or due
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:
-            done = state.global_step - self.at_start
-            pace = {"steps_per_s": round(done / (time.monotonic() - self.started), 3)} if done else {}
             numbers = {key: value for key, value in logs.items() if isinstance(value, int | float)}
             wild = [key for key, value in numbers.items() if not math.isfinite(value)]
             if wild:
                 raise InputError(f"step {state.global_step}: {', '.join(wild)} not finite; train gentler")
-            self.lines.append({"step": state.global_step, **numbers, **pace})
+            self.lines.append({"step": state.global_step, **numbers, **self._pace(state.global_step)})
             write_jsonl(self.path, self.lines)
 
+    def _pace(self, step: int) -> dict[str, float]:
+        """How fast it goes, over all processes, and the peak memory of this one."""
+        elapsed = time.monotonic() - self.started
+        pace = {"steps_per_s": (step - self.at_start) / elapsed}
+        pace |= {
+            f"{name}_per_s": count * self.trainer.args.world_size / elapsed
+            for name, count in self.trainer.seen.items()
+        }  # fmt: skip
+        device = self.trainer.args.device
+        peak = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else cost()["peak_mb"]
+        return {**{name: round(value, 3) for name, value in pace.items()}, "peak_mb": round(peak, 1)}
+
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        self.saved = time.monotonic()
         PartialState().wait_for_everyone()  # every process has written its part
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
