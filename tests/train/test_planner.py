@@ -207,18 +207,23 @@ def test_devices_that_do_not_divide_the_global_batch_are_refused() -> None:
 
 
 def test_hours_agree_with_the_published_run() -> None:
-    """NCA-preference took 55,809 s on two GPUs (all_results.json). The released computation - both responses padded
-    to the longer, prompt encoded twice, policy and reference forward, backward, forward again - at the planner's
-    utilisation of an A40 comes within a factor of 1.5; and the planned run is 1.2 to 3.7 times faster than it (3.7:
-    the prototype's gain on pairs with a cached reference)."""
+    """NCA-preference took 55,809 s on two GPUs, and 869 s to evaluate 2,000 pairs (all_results.json). By hand, for the
+    released computation (both responses padded to the longer, the prompt with each; policy and reference forward,
+    backward, forward again), at the planner's utilisation of an A40: both within a factor of 1.5. The utilisation
+    was chosen by the first, so only the second is news. The planned run is 1.2 to 3.7 times faster than that
+    computation (3.7: what a prototype gained on pairs with a cached reference)."""
     percent = np.random.default_rng(7).uniform(0, 100, (20_000, 3))
     prompt = np.minimum(np.interp(percent[:, 0], PERCENTILES, ULTRAFEEDBACK[0]) + 25, 512)
     longer = np.interp(percent[:, 1:], PERCENTILES, ULTRAFEEDBACK[1]).max(1)
     tokens = 2 * np.minimum(prompt + longer, 1024).mean()
     recipe = paper("preference")
     plan = plan_run(recipe, "nca_pair", MISTRAL_7B, RowStatistics.assumed(recipe.rows, recipe), 2)
-    released = 61_966 * tokens * 4 * 2 * 7.11e9 / (2 * GPUS["A40"].peak * plan.utilisation())
+    forward = (
+        tokens * 2 * 7.11e9 / (2 * GPUS["A40"].peak * plan.utilisation())
+    )  # seconds a pair; 7.11 B weights multiply
+    released = 61_966 * 4 * forward
     assert 55_809 / 1.5 < released < 55_809 * 1.5
+    assert 869 / 1.5 < 2_000 * 2 * forward < 869 * 1.5
     assert released / 3.7 < plan.hours("A40") * 3600 < released / 1.2
 
 
@@ -284,7 +289,8 @@ def test_sharding_divides_what_it_shards() -> None:
         parts = plan.memory("fsdp", devices)
         assert parts is not None
         held = parts["weights"] + parts["gradients"] + parts["optimizer states"]
-        assert held == pytest.approx(16 * MIXTRAL_8X7B.parameters / devices)
+        whole = 4 * MIXTRAL_8X7B.layer_parameters  # gradients of the layer at work
+        assert held == pytest.approx(16 * MIXTRAL_8X7B.parameters / devices + whole)
     for launch in ("fsdp", "zero3"):
         assert plan.total_memory(launch, 16) < GPUS["H100"].memory < plan.total_memory(launch, 8)
     assert plan.total_memory("ddp") * GIB > 16 * MIXTRAL_8X7B.parameters

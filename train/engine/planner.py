@@ -73,6 +73,8 @@ def memory(
     gathered = 4 if recipe.tuning == "full" else frozen_width  # as they are stored; autocast does the rest
     if launch == "fsdp":  # the layer at work, the next one, and the root: embedding and head
         parts["working copies of weights"] += gathered * (2.0 * a.layer_parameters + a.embedding_parameters)
+        if recipe.tuning == "full":  # a layer's, whole, before they are shared out
+            parts["gradients"] += 4.0 * a.layer_parameters
     if launch == "zero3":  # stage3_max_live_parameters of train/launch/deepspeed_zero3.json
         parts["working copies of weights"] += gathered * min(1e9, a.parameters)
     parts["activations"] = activation_bytes(recipe, a, tokens, recipe.gradient_checkpointing)

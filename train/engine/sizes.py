@@ -173,15 +173,12 @@ class RowStatistics:
         if name not in PUBLISHED:
             raise InputError(f"{path}: no such file, and no size is known for it; name rows that are there")
         rows, k, (prompts, responses) = PUBLISHED[name]
-        drawn = np.random.default_rng(0).uniform(0, 100, (4096, 1 + k))
-        lengths = [
-            (float(p) + TEMPLATE_TOKENS, list(r))
-            for p, r in zip(
-                np.interp(drawn[:, 0], PERCENTILES, prompts),
-                np.interp(drawn[:, 1:], PERCENTILES, responses),
-                strict=True,
-            )
-        ]
+        ranks = np.tile((np.arange(4096) + 0.5) / 4096 * 100, (1 + k, 1))  # percentiles of a prompt and K responses
+        ranks = np.random.default_rng(0).permuted(ranks, axis=1)  # independent of one another
+        drawn = np.vstack(
+            [np.interp(ranks[0], PERCENTILES, prompts) + TEMPLATE_TOKENS, np.interp(ranks[1:], PERCENTILES, responses)]
+        )
+        lengths = [(column[0], column[1:]) for column in drawn.T.tolist()]
         lengths_from = "guessed" if responses is ULTRAINTERACT[1] else "those of 1,000 UltraFeedback pairs"
         statistics = cls._of_lengths(lengths, recipe, f"{path} is not there: published size, lengths {lengths_from}")
         room = recipe.max_response_tokens
