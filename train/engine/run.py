@@ -44,7 +44,9 @@ def align(method: str, loss: Any, uses: tuple[str, ...]) -> None:
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier run left in --out")
     parser.add_argument("--report-to", nargs="+", default=[], metavar="NAME", help="tensorboard, wandb, ...")
     parser.add_argument("--dry-run", action="store_true", help="print the whole plan: memory, disk, steps, hours")
-    parser.add_argument("--devices", type=int, default=1, help="for --dry-run")
+    parser.add_argument(
+        "--devices", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="how many, for --dry-run"
+    )
     AlignmentRecipe.add_arguments(parser)
     arguments = parser.parse_args()
     recipe = AlignmentRecipe.from_arguments(arguments)

@@ -125,9 +125,9 @@ class Architecture:
         return rank * self.layers * (attention + self.experts * expert)
 
     def nf4_bytes(self) -> float:
-        """Frozen weights as bitsandbytes keeps them: 4 bits and a float32 scale for 64 of them in linear layers;
-        embedding, head, norms, routers and the experts (no linear layers in transformers) in bf16."""
-        linear = self.layers * (self.attention_parameters + (0 if self.experts else self.feed_forward_parameters))
+        """Frozen weights as bitsandbytes keeps them: 4 bits and a float32 scale for 64 of them in linear layers
+        (train.engine.experts makes the experts such); embedding, head, norms and routers in bf16."""
+        linear = self.layers * (self.attention_parameters + self.feed_forward_parameters)
         return linear * (0.5 + 4 / 64) + 2 * (self.parameters - linear)
 
 
