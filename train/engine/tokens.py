@@ -202,8 +202,8 @@ class Encoder:
                 room = min(room, self.max_tokens - len(prompt))
             if room < 1:
                 raise InputError(
-                    f"row {name!r}: the prompt has {len(prompt)} tokens, max_tokens = {self.max_tokens} leaves none for a "
-                    "response; lower max_prompt_tokens or drop the row"
+                    f"row {name!r}: the prompt has {len(prompt)} tokens, max_tokens = {self.max_tokens} leaves none "
+                    "for a response; lower max_prompt_tokens or drop the row"
                 )
             kept = [ids[:room] for ids in whole]
         cut = [ids for ids, full in zip(kept, whole, strict=True) if len(ids) < len(full)]
