@@ -325,11 +325,6 @@ class Judge:
             raise _Again(self._redact(f"{kind}{f' ({_short(str(cause))})' if cause else ''}")) from None
         except (openai.APIError, ValueError) as error:  # a body that is not what the protocol says
             raise _Again(self._redact(f"malformed reply ({_short(str(error))})")) from None
-        except Exception as error:
-            # A connection dropped in the middle of a body surfaces as the HTTP library's own error.
-            if type(error).__module__.partition(".")[0] not in ("httpx2", "httpcore2", "h11"):
-                raise
-            raise _Again(self._redact(f"connection dropped ({_short(str(error))})")) from None
         return self._parse(request, found)
 
     def _parse(self, request: Request, found: Any) -> Reply:
@@ -397,7 +392,7 @@ class Judge:
 
     def _redact(self, text: str) -> str:
         key = self.endpoint.key
-        return text.replace(key, "[key]") if key else text
+        return text.replace(key, "[key]") if len(key) >= 8 else text  # shorter ones are dummies of local servers
 
     def _tokens(self, request: Request) -> int:
         count = _counter(self.endpoint.model)[1]
