@@ -39,7 +39,9 @@ def annotate(pairs: list[dict[str, Any]], annotator: str, ask: Ask, probe: bool 
     package = _package()
     kept = ["{annotation_key}_judge", "{annotation_key}_reply"]
     with _quiet():
-        pool = package.PairwiseAnnotator(annotators_config=annotator, caching_path=None, other_output_keys_to_keep=kept)
+        pool = package.annotators.PairwiseAnnotator(
+            annotators_config=annotator, caching_path=None, other_output_keys_to_keep=kept
+        )
         single = pool.annotators[annotator]
 
         def rating(reply: Any) -> Any:
@@ -169,8 +171,8 @@ def _package() -> Any:
     """alpaca_eval, imported without its side effects: it reads keys from any .env above it and turns on logging."""
     os.environ["PYTHON_DOTENV_DISABLED"] = "1"
     level = logging.root.level
-    import alpaca_eval
-    import alpaca_eval.metrics.glm_winrate
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it uses pkg_resources, for which requirements.txt holds setuptools back
+        import alpaca_eval.metrics.glm_winrate
     logging.root.setLevel(level)
     return alpaca_eval
