@@ -12,7 +12,6 @@ pays, for the rest only. The key is read from the environment and written nowher
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import os
@@ -20,7 +19,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from data_prep.files import InputError, sha256_text, to_json
+from eval.reply_cache import ReplyCache
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before another try: doubled each time
 LONGEST_RETRY_AFTER = 300.0  # a server that asks for more is left for today
@@ -156,16 +156,17 @@ class Judge:
             raise InputError(f"--budget {budget:g} must be above 0 USD")
         if budget is not None and endpoint.price_in == endpoint.price_out == 0:
             raise InputError("--budget needs --judge-price-in and --judge-price-out (USD for a million tokens)")
-        self.endpoint, self.path, self.concurrency, self.retries = endpoint, Path(cache), concurrency, retries
+        self.endpoint, self.concurrency, self.retries = endpoint, concurrency, retries
         self.timeout_s, self.budget = timeout_s, budget
         self.missing: dict[str, str] = {}
         self.calls, self.spent = 0, 0.0  # requests sent by this object, and their price
+        self._cache = ReplyCache(cache)
         self._asking = threading.Lock()  # one `ask` at a time, so that equal requests are paid once
         self._lock = threading.Lock()  # guards what follows
         self._replies: dict[str, Reply] = {}
         self._prices: dict[str, float] = {}  # price of each reply of an earlier run that was asked for again
         self._paid: set[str] = set()  # keys of the replies that this object paid
-        self._reserved = 0.0  # price of the calls on their way, at most
+        self._on_way, self._reserved = 0, 0.0  # calls that are not answered yet, and their price at most
         self._in_row = 0  # requests given up since the last reply
         self._resume_at = 0.0
         self._stopped = ""  # why no more calls are made
@@ -176,7 +177,7 @@ class Judge:
 
     def estimate(self, requests: Iterable[Request]) -> Estimate:
         """Calls, tokens and money that `ask` would take; sends and writes nothing."""
-        cache, todo, cached = self._read_cache()[0], {}, 0
+        cache, todo, cached = self._cache.read(), {}, 0
         for request in requests:
             key = self._key_of(request)
             cached += key in cache
@@ -199,8 +200,10 @@ class Judge:
         requests = list(requests)
         if len({request.id for request in requests}) != len(requests):
             raise ValueError("request ids must be unique")
-        with self._asking, self._cache_file() as cache:
+        with self._asking, self._cache.open() as lines:
+            cache = {key: self._from_line(line) for key, line in lines.items()}
             self._replies, self.missing, self._in_row = cache, {}, 0
+            self._stopped, self._wake = "", threading.Event()
             by_key: dict[str, list[Request]] = {}
             for request in requests:
                 by_key.setdefault(self._key_of(request), []).append(request)
@@ -246,11 +249,12 @@ class Judge:
         """Ask until there is a rating; "" then, else why not."""
         failed = unrated = 0
         while True:
-            held = self._reserve(request)
+            held, cost = self._reserve(request), 0.0
             if held is None:
-                return self._stopped or "stopped"
+                return self._stopped
             try:
                 reply = self._call(request)
+                cost = reply.cost
             except _Halt as reason:
                 self._halt(f"{self.endpoint.base_url}: {reason}")
                 return str(reason)
@@ -264,10 +268,9 @@ class Judge:
                 continue
             finally:
                 with self._lock:
-                    self._reserved -= held
-            with self._lock:
-                self.spent += reply.cost
-                self._in_row = 0
+                    self._reserved, self._on_way = self._reserved - held, self._on_way - 1
+                    self.spent += cost
+            self._in_row = 0
             if _accepted(accept, request, reply):
                 self._store(key, request, reply)
                 return ""
@@ -284,13 +287,13 @@ class Judge:
                 if pause <= 0:
                     committed = self.spent + sum(self._prices.values()) + self._reserved
                     if self.budget is None or committed + price <= self.budget:
-                        self._reserved += price
+                        self._reserved, self._on_way = self._reserved + price, self._on_way + 1
                         self.calls += 1
                         return price
-                    if not self._reserved:  # replies on their way may cost less than was set aside for them
+                    if not self._on_way:  # replies on their way may cost less than was set aside for them
                         self._stopped = (
-                            f"--budget {self.budget:g} USD is reached: {committed:.4f} paid, the next call may take "
-                            f"{price:.4f}; all replies are kept, raise the budget to go on"
+                            f"--budget {self.budget:g} USD is reached: {committed:.4g} paid, the next call may take "
+                            f"{price:.4g}; all replies are kept, raise the budget to go on"
                         )
                         self._wake.set()
                         return None
@@ -398,63 +401,28 @@ class Judge:
         count = _counter(self.endpoint.model)[1]
         return sum(count(message["content"]) + 4 for message in request.messages)  # 4: role and separators
 
-    # The cache
+    # What is cached
 
     def _key_of(self, request: Request) -> str:
         asked = {**dataclasses.asdict(request), "base_url": self.endpoint.base_url, "model": self.endpoint.model}
         del asked["id"]
         return sha256_text(to_json(asked, sort_keys=True))
 
-    @contextlib.contextmanager
-    def _cache_file(self) -> Iterator[dict[str, Reply]]:
-        """Open the cache for this process alone and yield what it holds; a torn last line is cut off."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    def _from_line(self, line: dict[str, Any]) -> Reply:
+        """A reply of an earlier run, at today's prices."""
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"{self.path}: another run is asking through this cache; wait for it") from None
-            self._stopped, self._wake = "", threading.Event()
-            replies, whole = self._read_cache()
-            os.ftruncate(self._file, whole)
-            yield replies
-        finally:
-            os.close(self._file)
-
-    def _read_cache(self) -> tuple[dict[str, Reply], int]:
-        """The replies by key and the number of bytes in whole lines; of equal keys the last one counts."""
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data.rfind(b"\n") + 1
-        replies = {}
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
-            try:
-                found = json.loads(line)
-                price = self.endpoint.price(found["tokens_in"], found["tokens_out"])
-                replies[found["key"]] = Reply(
-                    found["text"], found["model"], found["tokens_in"], found["tokens_out"], price, True,
-                    found["top_logprobs"],
-                )  # fmt: skip
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.path}:{number}: not a reply; mend or remove the line") from None
-        return replies, whole
+            tokens = int(line["tokens_in"]), int(line["tokens_out"])
+            return Reply(line["text"], line["model"], *tokens, self.endpoint.price(*tokens), True, line["top_logprobs"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{self._cache.path}: key {line['key']} is not a reply; remove its line") from None
 
     def _store(self, key: str, request: Request, reply: Reply) -> None:
-        line = {
-            "key": key, "id": request.id, "pass_number": request.pass_number, "asked": self.endpoint.model,
-            "model": reply.model, "text": reply.text, "tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out,
-            "top_logprobs": reply.top_logprobs,
-        }  # fmt: skip
-        data = (json.dumps(line) + "\n").encode()  # ASCII: a judge's lone surrogate cannot break the file
+        fields = ("text", "model", "tokens_in", "tokens_out", "top_logprobs")
+        self._cache.append({
+            "key": key, "id": request.id, "pass_number": request.pass_number,
+            **{name: getattr(reply, name) for name in fields},
+        })  # fmt: skip
         with self._lock:
-            size = os.fstat(self._file).st_size
-            try:
-                if os.write(self._file, data) != len(data):
-                    raise OSError(28, "no space left on device", str(self.path))
-                os.fsync(self._file)
-            except OSError:
-                os.ftruncate(self._file, size)  # half a line would spoil the next one
-                raise
             self._replies[key] = reply
             self._paid.add(key)
 
