@@ -68,7 +68,7 @@ class JudgeServer:
             before = sum(call["messages"] == body["messages"] for call in self.calls)
             self.calls.append(body)
             self.times.append(time.monotonic())
-            self.headers.append(dict(handler.headers))
+            self.headers.append({name.lower(): value for name, value in handler.headers.items()})
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
         try:
@@ -82,7 +82,9 @@ class JudgeServer:
         status, headers, text = 200, {}, ""
         if isinstance(said, Fault):
             if said.kind == "drop":
-                handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{")
+                handler.wfile.write(
+                    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{"
+                )
                 handler.wfile.flush()
                 linger = struct.pack("ii", 1, 0)  # close with a reset
                 handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -106,7 +108,11 @@ class JudgeServer:
                 prompt = body["messages"][-1]["content"]
                 self.paid[prompt] = self.paid.get(prompt, 0) + 1
         handler.send_response(status)
-        for name, value in {**headers, "Content-Type": "application/json", "Content-Length": str(len(text.encode()))}.items():
+        for name, value in {
+            **headers,
+            "Content-Type": "application/json",
+            "Content-Length": str(len(text.encode())),
+        }.items():
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(text.encode())
