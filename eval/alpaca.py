@@ -32,6 +32,10 @@ class NoLogprobs(Exception):
     """The judge gives none, so the weighted annotator cannot be used."""
 
 
+class _AllMissing(Exception):
+    """Not one judgement came."""
+
+
 def annotate(pairs: list[dict[str, Any]], annotator: str, ask: Ask, probe: bool = True) -> list[dict[str, Any]]:
     """Judgements {id, index, preference, judge, reply} of the package's annotator, with `ask` in place of its client.
 
@@ -69,7 +73,7 @@ def annotate(pairs: list[dict[str, Any]], annotator: str, ask: Ask, probe: bool 
             replies = ask(requests, rating)
             found = [replies.get(request.id) for request in requests]
             if not any(found):
-                raise InputError("no judgement at all: every reply of the judge is without a rating, or failed")
+                raise _AllMissing  # the package cannot do with an empty table
             return {
                 single.completion_key: [
                     (_completion(reply) if top else reply.text) if reply else "" for reply in found
@@ -79,7 +83,10 @@ def annotate(pairs: list[dict[str, Any]], annotator: str, ask: Ask, probe: bool 
             }
 
         single.fn_completions = complete
-        rows = pool(pandas.DataFrame(pairs), chunksize=None)
+        try:
+            rows = pool(pandas.DataFrame(pairs), chunksize=None)
+        except _AllMissing:
+            rows = pairs
     judgements = []
     for row in rows:
         preference = row.get("preference")
@@ -131,14 +138,19 @@ def _length_controlled(table: pandas.DataFrame, gamed: Path) -> float:
 
 
 def _probe(requests: list[Request], ask: Ask, rating: Callable[[Any], Any]) -> None:
-    """NoLogprobs unless one of these gets an answer with log-probs. Such a reply is kept, so it costs nothing extra."""
+    """NoLogprobs unless a reply to one of these has log-probs. It is kept, so asking costs nothing extra."""
+    seen: list[bool] = []
+
+    def look(reply: Reply) -> Any:
+        seen.append(reply.top_logprobs is not None)
+        return rating(reply) or (reply.text.strip() in ("m", "M") or None)
+
     for request in requests:
-        replies = ask([request], lambda reply: rating(reply) or (reply.text.strip() in ("m", "M") or None))
-        if replies and replies[request.id].top_logprobs is not None:
-            return
-        if replies:
+        ask([request], look)
+        if seen:
             break
-    raise NoLogprobs
+    if not any(seen):
+        raise NoLogprobs
 
 
 def _completion(reply: Reply) -> dict[str, Any]:

@@ -327,6 +327,42 @@ def test_hostile_judge_does_not_move_the_score(judge_server, command, tmp_path) 
     assert len(server.calls) == 2 * len(items)
 
 
+def test_a_judge_that_refuses_everything(judge_server, command) -> None:
+    """Not one judgement: the line says why."""
+    server = judge_server(lambda body, n: Fault("status", 400, body="unsupported parameter: max_tokens"))
+    for benchmark in ("alpaca_eval_1", "alpaca_eval_2"):
+        refusal = command(made_up(), server, benchmark=benchmark).refusal
+        assert "12 of 12 judgements are missing (12 x HTTP 400" in refusal
+        assert "unsupported parameter: max_tokens" in refusal
+        assert "no judgement at all" in command(made_up(), server, "--allow-missing", benchmark=benchmark).refusal
+
+
+def test_log_probs_without_a_verdict_are_missing(judge_server, command) -> None:
+    """A weighted judge whose candidates hold neither m nor M: missing, and no fall-back to another annotator."""
+    top = [{"token": "The", "logprob": -0.1, "bytes": None}]
+    said = {
+        "message": {"role": "assistant", "content": "The"},
+        "logprobs": {"content": [{"token": "The", "logprob": -0.1, "bytes": None, "top_logprobs": top}]},
+    }
+    server = judge_server(lambda body, n: said)
+    assert "12 x no rating" in command(made_up(), server, benchmark="alpaca_eval_2").refusal
+    assert all("logprobs" in call for call in server.calls)
+
+
+def test_the_key_is_in_no_file(judge_server, command, tmp_path, monkeypatch) -> None:
+    """Neither outputs nor cache nor manifest hold the key, whose variable the command names."""
+    monkeypatch.setenv("JUDGE_KEY", key := "sk-not-a-real-key-9876543210")
+    items = made_up()
+    honest = replay(items)
+    server = judge_server(lambda body, n: Fault("status", 500, body=f"bad {key}") if n == 0 else honest(body, n))
+    done = command(items, server, "--judge-key-variable", "JUDGE_KEY")
+    assert done.code == 0, done.err
+    assert {headers["authorization"] for headers in server.headers} == {f"Bearer {key}"}
+    written = [path.read_text() for path in (tmp_path / "out").iterdir()]
+    assert len(written) == 4
+    assert not [text for text in (*written, done.out, done.err) if key in text]
+
+
 def test_position_bias_is_averaged_out(judge_server, command, tmp_path) -> None:
     """A judge that always prefers the answer it sees first gives no method an advantage: the order is shuffled."""
     done = command(made_up(200), judge_server(lambda body, n: ranking("model_1")), "--concurrency", 16)
