@@ -346,6 +346,15 @@ def test_budget_stops_cleanly(judge_server, make) -> None:
     assert second.spent == pytest.approx(0.001 * (50 - paid))
 
 
+def test_a_reply_counts_once_against_the_budget(judge_server, make) -> None:
+    """Asking for the same again within a run neither pays nor counts a second time."""
+    server = judge_server(lambda body, n: "[[5]] " + "word " * 19)  # 20 tokens: as many as allowed
+    judge = make(server.url, prices=(0.0, 100.0), budget=0.011)  # 0.002 USD a reply: enough for 5
+    for count in (3, 3, 4, 5):
+        assert len(judge.ask([request(str(i)) for i in range(count)], parse_rating)) == count
+    assert judge.spent == pytest.approx(0.01)
+
+
 def test_estimate_bounds_the_bill(judge_server, make) -> None:
     """The estimate makes no call and no file, and the bill stays below it; the bill is the server's own count."""
     server = judge_server(lambda body, n: rating_of(prompt_of(body)))
