@@ -48,21 +48,29 @@ class Endpoint:
     price_out: float = 0.0
 
     def __post_init__(self) -> None:
-        url = urlsplit(self.base_url)
+        try:
+            url = urlsplit(self.base_url)
+            known = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError:  # brackets or a port that are none
+            raise InputError("--judge-url is not an address; write http(s)://HOST[:PORT]/v1") from None
         if url.username or url.password or url.query or url.fragment:  # it is recorded: no word of it is repeated here
             raise InputError("--judge-url holds a user, a password or a query; give the plain address, and the key "
                              "through --judge-key-variable")  # fmt: skip
-        if url.scheme not in ("http", "https") or not url.hostname:
+        if not known:
             raise InputError(f"--judge-url {self.base_url}: write http(s)://HOST[:PORT]/v1")
         if not self.model:
             raise InputError("--judge-model is empty; name the judge's exact version")
-        if self.price_in < 0 or self.price_out < 0:
+        if not (self.price_in >= 0 and self.price_out >= 0):
             raise InputError("--judge-price-in and --judge-price-out must be at least 0 (USD for a million tokens)")
         # A key typed in place of the variable's name must not be echoed.
         if self.key_variable and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
             raise InputError("--judge-key-variable takes the name of an environment variable, not the key")
         if self.key_variable and not os.environ.get(self.key_variable, "").strip():
             raise InputError("the variable named by --judge-key-variable is not set; export it")
+        if not re.fullmatch(r"[!-~]*", self.key):  # the HTTP library would repeat it in its complaint
+            raise InputError(
+                "the key in the variable named by --judge-key-variable has a blank or a non-ASCII character"
+            )
 
     @property
     def key(self) -> str:
@@ -114,9 +122,10 @@ class Estimate:
 
     def __str__(self) -> str:
         """One line for --dry-run."""
+        money = f"at most {self.cost:.2f} USD" if self.cost or not self.calls else "price not given"
         return (
             f"{self.calls} calls to make ({self.cached} in the cache), {self.tokens_in:,} tokens in and at most "
-            f"{self.tokens_out:,} out ({self.counted_by}), at most {self.cost:.2f} USD"
+            f"{self.tokens_out:,} out ({self.counted_by}), {money}"
         )
 
 
