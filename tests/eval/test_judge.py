@@ -17,6 +17,7 @@ import pytest
 from judge_server import MODEL, Fault
 
 from data_prep.files import InputError
+from eval import endpoint as endpoint_module
 from eval import judge as module
 from eval.judge import Endpoint, Judge, Reply, Request, parse_rating
 
@@ -384,9 +385,9 @@ def test_estimate_counts_with_tiktoken_where_it_is(tmp_path, monkeypatch) -> Non
     )
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken, "encoding_for_model", lambda model: letters)
-    module._counter.cache_clear()
+    endpoint_module._counter.cache_clear()
     found = Judge(Endpoint("http://127.0.0.1:9/v1", "gpt-4"), tmp_path / "c").estimate([request("a", "twelve chars")])
-    module._counter.cache_clear()
+    endpoint_module._counter.cache_clear()
     assert found.tokens_in == 12 + 4
     assert "letters" in found.counted_by
 
@@ -403,20 +404,22 @@ def test_the_key_appears_nowhere(judge_server, make, tmp_path, monkeypatch, capf
         echo = server.headers[-1]["authorization"]
         if prompt_of(body) == "refused":
             return Fault("status", 400, body=f"cannot, {echo}")
+        if prompt_of(body) == "cut":  # the message is cut within the key
+            return Fault("status", 400, body="x" * (240 - len("HTTP 400: Error code: 400 - ") - 12) + KEY)
         if n == 0:
             return Fault("status", 500, body=f"oops {echo}")
         return f"You sent {echo}. Rating: [[5]]"
 
     server = judge_server(say)
     judge = make(server.url, key_variable="JUDGE_KEY", concurrency=1)
-    replies = judge.ask([request("a"), request("refused")], parse_rating)
+    replies = judge.ask([request("a"), request("refused"), request("cut")], parse_rating)
     assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}  # it was sent
     server.say = lambda body, n: Fault("status", 401, body=f"who is {KEY}?")
     with pytest.raises(InputError) as stop:
         judge.ask([request("b")], parse_rating)
     seen = [repr(judge.endpoint), repr(vars(judge)), repr(replies), repr(judge.missing), str(stop.value), caplog.text]
     seen += [*capfd.readouterr(), *(path.read_text() for path in tmp_path.rglob("*") if path.is_file())]
-    assert not [text for text in seen if KEY in text]
+    assert not [text for text in seen if KEY[:8] in text]
     assert "[key]" in replies["a"].text
 
 
