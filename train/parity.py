@@ -265,7 +265,7 @@ def main() -> None:
         lines = [f"{card}: {len(rows)} rows of {path.name}, {precision}, quirks: {', '.join(sorted(quirks)) or 'none'}"]
         if len(rows) != published.get("eval_prompts", 2000):
             lines.append(f"The cards are of 2000 rows, these are {len(rows)}: no parity is to be expected.")
-        lines += ["", *table, "", *labels]
+        lines += ["", *table, *(["", *labels] if labels else [])]
         lines += [] if policy else ["", f"policy: not run (no --policy); {card} has its figures for one"]
         write_text(out / "report.md", "\n".join(lines).rstrip() + "\n")
         write_json(out / "parity.json", {"card": card, "metrics": data, "labels": label_data})
