@@ -11,8 +11,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from data_prep.files import InputError
-from eval import ablations
 from eval.curves import SIDES, Curve, Run, pooled
+from eval.points import Point, half_widths
 from eval.records import METHODS, REGIMES
 
 # Okabe and Ito's colours, told apart by the colour-blind; dashes and markers tell them apart in grey.
@@ -164,40 +164,37 @@ def draw_ranks(found: dict[tuple[str, str, str], Curve], unit: str) -> Any:
     return figure
 
 
-def draw_ablation(found: Sequence[ablations.Point], over: str, score: str) -> Any:
-    """Score against KL (over "alpha": a line for each method and alpha, over beta) or against K: regimes side by
-    side."""
+def draw_ablation(found: Sequence[Point], kind: str, score: str) -> Any:
+    """Score against KL ("kl": a line for each method and alpha, over beta) or K ("responses"): regimes side by side."""
     style()
     regimes = ordered((point.regime for point in found), REGIMES)
     figure, axes = pyplot.subplots(1, len(regimes), figsize=(4.6 * len(regimes) + 1.6, 3.8), sharey=True, squeeze=False)
-    alphas = sorted({point.alpha for point in found if point.alpha is not None})
-    dashes = {alpha: RANK_DASHES[place % 4] for place, alpha in enumerate(alphas)}
+    alphas = sorted({point.alpha for point in found if point.alpha is not None}) if kind == "kl" else []
+    methods = ordered((point.method for point in found), METHODS)
     for axis, regime in zip(axes[0], regimes, strict=True):
-        methods = ordered((point.method for point in found), METHODS)
-        for beside, method in enumerate(methods):
-            color, own_dashes, marker = STYLES.get(method, ("black", "solid", "*"))
-            for alpha in alphas or [None]:
-                line_of = [p for p in found if (p.regime, p.method, p.alpha) == (regime, method, alpha)]
-                if not line_of:
-                    continue
-                if over == "alpha":
-                    place = [point.kl.value for point in line_of]
-                else:  # a little beside each other, so that no bar hides another
-                    place = [point.responses + 0.04 * (beside - (len(methods) - 1) / 2) for point in line_of]
-                below, above = zip(*(ablations.half_widths(point.score) for point in line_of), strict=True)
-                label = METHODS.get(method, method) + ("" if alpha is None else f", alpha {alpha:g}")
-                axis.errorbar(
-                    place, [point.score.value for point in line_of], yerr=[below, above], color=color, marker=marker,
-                    linestyle=own_dashes if alpha is None else dashes[alpha], markersize=5, capsize=2, elinewidth=0.8,
-                    markerfacecolor=color if alphas[:1] in ([], [alpha]) else "white", label=label,
-                )  # fmt: skip
-                for x, point in zip(place, line_of, strict=True):
-                    if point.beta is not None:
-                        axis.annotate(f"{point.beta:g}", (x, point.score.value), textcoords="offset points",
-                                      xytext=(4, 4), fontsize=7, color="#333333")  # fmt: skip
-        axis.set_title(f"{regime} regime" + (" (small numbers: beta)" if over == "alpha" else ""))
-        axis.set_xlabel("KL(pi || mu), nats a response" if over == "alpha" else "K, responses to a prompt")
-        if over == "responses":
+        for (beside, method), alpha in itertools.product(enumerate(methods), [None, *alphas]):
+            of = [point for point in found if (point.regime, point.method, point.alpha) == (regime, method, alpha)]
+            if not of:
+                continue
+            color, dashes, marker = STYLES[method]
+            label, fill = METHODS[method], color
+            if alpha is not None:
+                dashes, label = RANK_DASHES[alphas.index(alpha) % 4], f"{label}, alpha {alpha:g}"
+                fill = color if alpha == alphas[0] else "white"
+            if kind == "kl":
+                place = [point.kl.value for point in of]
+            else:  # a little beside each other, so that no bar hides another
+                place = [point.responses + 0.04 * (beside - (len(methods) - 1) / 2) for point in of]
+            values = [point.score.value for point in of]
+            bars = list(zip(*(half_widths(point.score) for point in of), strict=True))
+            axis.errorbar(place, values, yerr=bars, color=color, marker=marker, linestyle=dashes, markersize=5,
+                          capsize=2, elinewidth=0.8, markerfacecolor=fill, label=label)  # fmt: skip
+            for x, y, point in zip(place, values, of, strict=True) if kind == "kl" else ():
+                axis.annotate(f"{point.beta:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        notes = [f"{regime} regime"] * bool(regime) + ["small numbers: beta"] * (kind == "kl")
+        axis.set_title("; ".join(notes))
+        axis.set_xlabel("KL(pi || mu), nats a response" if kind == "kl" else "K, responses to a prompt")
+        if kind == "responses":
             axis.set_xticks(sorted({point.responses for point in found}))
     axes[0][0].set_ylabel(score)
     return finish(figure, axes, None)

@@ -9,7 +9,7 @@
         each of the K responses over training, by rank of reward; one panel for each method and regime
     python -m eval.figures kl RESULTS --out OUT          score against KL(pi || mu) over alpha and beta
     python -m eval.figures responses RESULTS --out OUT   score against K
-        from an ablation's records (eval.ablations)
+        from an ablation's records (eval.points)
 
 A line over training is the mean over seeds, its band their range; a bar is a 95 % interval. With --paper the
 published curves of Figure 2 are laid over it, all in units of the learned reward r = beta * (log pi - log mu) and
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import InputError, atomic_path, run_command, write_text
-from eval import ablations
 from eval.curves import QUANTITIES, SIDES, Curve, Run, curves, rank_curves, read_paper, read_runs, read_trend
 from eval.drawing import close, draw, draw_ablation, draw_ranks, draw_runs
+from eval.points import Point, over_responses, over_strength, points
 from eval.records import Results
 
 
@@ -56,7 +56,7 @@ def runs_csv(runs: Sequence[Run], quantity: str) -> str:
                         for run in runs for step, chosen, rejected in run.points))  # fmt: skip
 
 
-def points_csv(found: Sequence[ablations.Point]) -> str:
+def points_csv(found: Sequence[Point]) -> str:
     """The data of an ablation's figure."""
     names = ("score", "kl")
     head = ["method", "regime", "alpha", "beta", "K", "seeds"]
@@ -134,10 +134,10 @@ def main() -> None:
     paper = read_paper(arguments.paper) if getattr(arguments, "paper", None) else None
     if arguments.kind in ("kl", "responses"):
         score = (arguments.decoding, arguments.benchmark, arguments.metric)
-        over = "alpha" if arguments.kind == "kl" else "responses"
-        found = ablations.grid(ablations.points(Results.read(arguments.results), *score), over)
+        every = points(Results.read(arguments.results), *score)
+        found = over_strength(every) if arguments.kind == "kl" else over_responses(every)
         label = f"{arguments.metric.replace('_', ' ')}, {arguments.benchmark}, {arguments.decoding}"
-        save(draw_ablation(found, over, label), arguments.out, points_csv(found))
+        save(draw_ablation(found, arguments.kind, label), arguments.out, points_csv(found))
     elif arguments.kind == "ranks":
         records = [record for source in arguments.sources for record in read_trend(source)]
         ranks = rank_curves(records, arguments.quantity)
