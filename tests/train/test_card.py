@@ -103,7 +103,8 @@ def test_nothing_private_and_nothing_unescaped(run, write) -> None:
     assert "/home/me" not in text
     assert str(run.parent) not in text
     assert "--out=.../x --rows .../r `" in text
-    shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    body = text.split("---\n", 2)[2]  # below the YAML head
+    shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
     assert "<b>" not in shown
     assert "nca | &lt;b&gt;run</h1>" in shown
 
