@@ -33,6 +33,7 @@ from eval.records import METHODS, REGIMES, Results, read_scores
 PAGE = Path(__file__).with_name("page")
 PAPER = Path(__file__).resolve().parents[1] / "results" / "paper" / "figure2_likelihood.csv"
 FIRST = ("claims.md", "tables.md")  # in this order; then the others by name
+NOTHING = ("", "-", "not run")  # cells behind which there is no record
 # References of a cell, from the heading above its table, the number of its row in the file, the row and the column.
 Links = Callable[[str, int, dict[str, str], str], list[str]]
 
@@ -75,7 +76,10 @@ class Records:
             if (folder / "trend.jsonl").exists():
                 found.trend += trend_of(folder / "trend.jsonl", name)
             if (folder / "manifests.jsonl").exists():
-                found.manifests += [{"folder": name, **record} for _, record in read_jsonl(folder / "manifests.jsonl")]
+                for _, record in read_jsonl(folder / "manifests.jsonl"):
+                    # As text: JavaScript would write 1.0 as 1, and the hash is that of the text.
+                    identity = to_json(record.get("identity", {}), indent=1)
+                    found.manifests.append({"folder": name, **record, "identity": identity})
         return found
 
     def tracer(self, folder: str, results: Results) -> Callable[[Callable[[Results], Any]], list[str]]:
@@ -157,7 +161,7 @@ def table_links(trace: Callable[[Callable[[Results], Any]], list[str]]) -> Links
     def find(heading: str, number: int, row: dict[str, str], column: str) -> list[str]:
         regime = next((regime for regime in REGIMES if regime in heading.lower()), "")
         policy = {label: policy for policy, label in tables.policies(regime).items()}.get(row.get("method"))
-        if policy is None or column in ("method", "K") or row[column] in ("-", "not run"):
+        if policy is None or column in ("method", "K"):
             return []
         cells = {**tables.QUALITY, **tables.TASKS}
         if column in cells:
@@ -216,8 +220,8 @@ def render(text: str, find: Links) -> Markup:
             cells.append((token, plain(after)))
         elif token.type == "tr_close" and cells:
             row = dict(zip(head, (text for _, text in cells), strict=False))
-            for (cell, _), column in zip(cells, head, strict=False):
-                references = find(heading, number, row, column)
+            for (cell, text), column in zip(cells, head, strict=False):
+                references = [] if text in NOTHING else find(heading, number, row, column)
                 if references:
                     cell.attrSet("data-records", " ".join(references))
             number += 1

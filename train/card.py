@@ -111,7 +111,8 @@ def metadata(run: Path, manifest: dict[str, Any], records: list[dict[str, Any]],
         if found is not None:
             results.append(EvalResult(
                 task_type="text-generation", dataset_type="rewards", dataset_name="held-out rows of the run",
-                metric_type=label.replace(" ", "_").lower(), metric_name=label, metric_value=round(found, 6),
+                metric_type=re.sub(r"\W+", "_", label).strip("_").lower(), metric_name=label,
+                metric_value=round(found, 6),
             ))  # fmt: skip
     data = ModelCardData(
         base_model=base, library_name="peft" if (run / "policy" / "adapter_config.json").exists() else "transformers",

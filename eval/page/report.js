@@ -1,5 +1,6 @@
 "use strict";
 const DATA = JSON.parse(document.getElementById("data").textContent);
+const identities = new Map(DATA.manifests.map((manifest) => [manifest, JSON.parse(manifest.identity)]));
 const SVG = ["svg", "g", "path", "line", "text", "circle"];
 const $ = (id) => document.getElementById(id);
 const unique = (values) => [...new Set(values)];
@@ -204,13 +205,13 @@ function drawTrend() {
 
 const byHash = new Map(DATA.manifests.map((manifest) => [manifest.hash, manifest]));
 const byOutput = new Map(DATA.manifests.flatMap((manifest) =>
-  Object.values(manifest.identity?.outputs || {}).map((digest) => [digest, manifest])));
+  Object.values(identities.get(manifest).outputs || {}).map((digest) => [digest, manifest])));
 
 /** The manifests whose outputs one was made from, by content: those before it, nearest first. */
 function before(manifest) {
   const found = [];
   for (let next = [manifest]; next.length; ) {
-    const { settings = {}, inputs = {} } = next.shift().identity || {};
+    const { settings = {}, inputs = {} } = identities.get(next.shift());
     for (const digest of [settings.policy, settings.model, ...Object.values(inputs)]) {
       const made = byOutput.get(digest);
       if (made && made !== manifest && !found.includes(made)) {
@@ -324,7 +325,7 @@ function listManifests() {
       make("summary", {}, make("code", {}, manifest.hash.slice(0, 12)), ` seed ${manifest.seed}, ${manifest.stage}`));
     entry.addEventListener("toggle", () => {
       if (entry.open && entry.children.length === 1) {
-        entry.append(make("pre", {}, String(manifest.command)), make("pre", {}, JSON.stringify(manifest, null, 1)));
+        entry.append(commandOf(manifest, "made by"), `SHA-256 of its identity: ${manifest.hash}`, make("pre", { class: "identity" }, manifest.identity));
       }
     });
     return entry;

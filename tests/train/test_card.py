@@ -173,3 +173,16 @@ def test_caveats_are_said(run, write) -> None:
     limits = write(run).partition("## Limits")[2]
     assert re.search(r"^- 7 of \d+ training responses were cut", limits, re.MULTILINE)
     assert "commit does not name the code" in limits
+
+
+def test_run_without_a_trend(run, write) -> None:
+    """A run of SFT has a card as well: no metrics, and it says that there is no trend."""
+
+    def change(manifest: dict) -> None:
+        manifest["identity"]["settings"].pop("objective")
+        manifest["identity"]["outputs"].pop("trend.jsonl")
+
+    change_manifest(run, change)
+    (run / "trend.jsonl").unlink()
+    assert "measured no likelihood trend" in write(run)
+    assert ModelCard.load(run / "policy" / "README.md").data.eval_results is None
