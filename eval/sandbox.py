@@ -14,7 +14,7 @@ is expected.
 
 Levels of confinement, tried in this order; `level()` says which is in force and belongs into the record:
 
-    namespaces (root)     own user, mount, pid, net, ipc and uts namespaces, made as root, each program with a uid of its own
+    namespaces (root)     own user, mount, pid, net, ipc and uts namespaces, made as root; a uid for each program
     namespaces (user)     the same, made by an ordinary user
     bubblewrap            the same, by `bwrap`, where only that may make namespaces
     limits only           resource limits alone: no sandbox; used only when `unsafe` is asked for
@@ -45,8 +45,14 @@ from data_prep.files import InputError
 from eval.inside import DEVICES, SYSTEM, decode, encode
 
 INSIDE = Path(__file__).with_name("inside.py")
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
-               "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "HOME": "/tmp",
+    "PYTHONHASHSEED": "0",  # the same verdict each time
+    "OMP_NUM_THREADS": "1",  # threads count as processes
+    "OPENBLAS_NUM_THREADS": "1",
+}
 FIRST_UID = 1 << 20  # above the users of a machine; one uid for each sandbox, as processes are counted by uid
 TICK = 0.05  # seconds between looks at memory and processes
 START_SECONDS = 30  # for the sandbox itself; a loaded machine is slow to start a process
@@ -127,7 +133,11 @@ class Program:
             os.close(inner_requests)
             os.close(inner_replies)
         self._selector = selectors.DefaultSelector()
-        for number, name in ((self._replies, "reply"), (self.process.stdout, "stdout"), (self.process.stderr, "stderr")):
+        for number, name in (
+            (self._replies, "reply"),
+            (self.process.stdout, "stdout"),
+            (self.process.stderr, "stderr"),
+        ):
             number = number if isinstance(number, int) else number.fileno()
             os.set_blocking(number, False)
             self._selector.register(number, selectors.EVENT_READ, name)
@@ -289,7 +299,16 @@ def _folders() -> list[str]:
 
 
 def _bubblewrap(limits: Limits) -> list[str]:
-    words = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox"]
+    words = [
+        "bwrap",
+        "--unshare-all",
+        "--die-with-parent",
+        "--new-session",
+        "--cap-drop",
+        "ALL",
+        "--hostname",
+        "sandbox",
+    ]
     for path in (*SYSTEM, *_folders(), str(INSIDE)):
         if os.path.islink(path):
             words += ["--symlink", os.readlink(path), path]
@@ -305,7 +324,7 @@ def mode() -> str:
     """The strongest confinement that works here: "root", "user" or "bwrap"; "none" where there is none."""
     if sys.platform == "linux":
         for candidate in ("root", "user", "bwrap"):
-            if candidate == "root" and os.geteuid() != 0 or candidate == "bwrap" and not shutil.which("bwrap"):
+            if (candidate == "root" and os.geteuid() != 0) or (candidate == "bwrap" and not shutil.which("bwrap")):
                 continue
             program = Program(Limits(), candidate, "/tmp")
             with contextlib.suppress(SandboxError), contextlib.closing(program):
