@@ -54,7 +54,7 @@ ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 FIRST_UID = 1 << 20  # above the users of a machine; one uid for each sandbox, as processes are counted by uid
-TICK = 0.05  # seconds between looks at memory and processes
+LOOK_EVERY = 0.2  # seconds between looks at memory and processes; a look reads the table of all processes
 START_SECONDS = 30  # for the sandbox itself; a loaded machine is slow to start a process
 NAMES = {
     "root": "namespaces (root): user, mount, pid, net, ipc, uts; resource limits",
@@ -112,7 +112,8 @@ class Program:
         self._limits, self._mode = limits, mode
         self._stop_at = time.monotonic() + START_SECONDS
         self._kept = {"stdout": bytearray(), "stderr": bytearray()}
-        self._buffer, self._received, self._ended, self._next_look = bytearray(), 0, False, 0.0
+        self._buffer, self._received, self._ended = bytearray(), 0, False
+        self._next_look = time.monotonic() + LOOK_EVERY
         inner_requests, self._requests = os.pipe()
         self._replies, inner_replies = os.pipe()
         settings = {
@@ -192,7 +193,7 @@ class Program:
                 if time.monotonic() > stop_at:
                     raise ProgramTimeout("out of time")
                 self._look_after()
-                for key, _ in self._selector.select(TICK):
+                for key, _ in self._selector.select(0.05):
                     if key.data == "request":
                         try:
                             waiting = waiting[os.write(self._requests, waiting[:65536]) :]
@@ -242,7 +243,7 @@ class Program:
         now = time.monotonic()
         if now < self._next_look:
             return
-        self._next_look = now + TICK
+        self._next_look = now + LOOK_EVERY
         resident = count = 0
         for process in self._processes():
             with contextlib.suppress(psutil.Error):
