@@ -1,6 +1,7 @@
 """The sandbox: hostile programs are contained, cannot forge a verdict, and leave nothing behind."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import socket
@@ -19,9 +20,10 @@ from data_prep.files import InputError
 from eval import sandbox
 from eval.inside import Unknown, decode, encode
 from eval.sandbox import Limits, Program, run_program
-from tests.eval.hostile import ATTACKS, program
+from hostile import ATTACKS, program
 
-SHORT = Limits(seconds=1.0, cpu_seconds=2, memory_mb=400)
+# reply_bytes tells the sandboxes of this test run from others on the machine.
+SHORT = Limits(seconds=1.0, cpu_seconds=2, memory_mb=400, reply_bytes=(1 << 28) + os.getpid())
 needs_sandbox = pytest.mark.skipif(sandbox.mode() == "none", reason="no namespaces and no bubblewrap on this machine")
 
 
