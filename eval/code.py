@@ -218,10 +218,12 @@ class Reference:
 
 
 def _is_root(arguments: list, root: Any, atol: float) -> bool:
+    from evalplus.eval._special_oracle import _poly  # the order of its sum decides at the largest coefficients
+
     if isinstance(root, bool) or not isinstance(root, int | float):
         return False
     try:
-        return abs(math.fsum(c * root**i for i, c in enumerate(arguments[0]))) <= atol
+        return bool(abs(_poly(*arguments, root)) <= atol)
     except (OverflowError, ValueError):
         return False
 

@@ -124,7 +124,7 @@ class Program:
         }  # fmt: skip
         words = [_python(), "-s", "-P", "-B", str(INSIDE), json.dumps(settings)]
         if mode == "bwrap":
-            words = [*_bubblewrap(limits), *words]
+            words = [*_bubblewrap(limits), "--", *words]
         try:
             self.process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
@@ -270,6 +270,8 @@ class Program:
         for process in self._processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        if self._mode == "none":
+            self.process.kill()
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
@@ -301,7 +303,7 @@ def _folders() -> list[str]:
 
 def _bubblewrap(limits: Limits) -> list[str]:
     words = [
-        "bwrap",
+        shutil.which("bwrap") or "bwrap",
         "--unshare-all",
         "--die-with-parent",
         "--new-session",
@@ -317,7 +319,7 @@ def _bubblewrap(limits: Limits) -> list[str]:
             words += ["--ro-bind", path, path]
     for path in DEVICES:
         words += ["--dev-bind", path, path]
-    return [*words, "--size", str(limits.scratch_mb << 20), "--tmpfs", "/tmp", "--remount-ro", "/", "--"]
+    return [*words, "--size", str(limits.scratch_mb << 20), "--tmpfs", "/tmp", "--remount-ro", "/"]
 
 
 @functools.cache

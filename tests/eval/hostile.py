@@ -105,7 +105,10 @@ return False""",
     "raw socket": "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)\nreturn True",
     "packet socket": "import socket\nsocket.socket(socket.AF_PACKET, socket.SOCK_RAW)\nreturn True",
     "unix socket of the host": "import socket\nsocket.socket(socket.AF_UNIX).connect(SOCKET)\nreturn True",
-    "abstract unix socket of the host": "import socket\nsocket.socket(socket.AF_UNIX).connect(chr(0) + SOCKET)\nreturn True",
+    "abstract unix socket of the host": """
+import socket
+socket.socket(socket.AF_UNIX).connect(chr(0) + SOCKET)
+return True""",
     # Read what is secret.
     "environment": "import os\nreturn 'SECRET_KEY' in os.environ",
     "environment of the evaluator": "return b'SECRET_KEY' in open(f'/proc/{HOST}/environ', 'rb').read()",
@@ -115,7 +118,10 @@ return any(b"SECRET_KEY" in open(path, "rb").read() for path in glob.glob("/proc
     "home folder": "import os\nreturn bool(os.listdir(os.path.expanduser('~root')))",
     "password files": "return bool(open('/etc/passwd').read() or open('/etc/shadow').read())",
     "file of the host": "return open(CANARY).read() == 'canary'",
-    "file of the host by a symbolic link": "import os\nos.symlink(CANARY, 'link')\nreturn open('link').read() == 'canary'",
+    "file of the host by a symbolic link": """
+import os
+os.symlink(CANARY, "link")
+return open("link").read() == "canary" """,
     "file of the host by its file handles": """
 import os
 for number in range(3, 256):
@@ -169,7 +175,10 @@ import os
 os.mknod("disk", 0o60600, os.makedev(254, 0))
 return bool(open("disk", "rb").read(512))""",
     "kernel memory": "return bool(open('/dev/mem', 'rb').read(1) or open('/dev/kmsg').read(1))",
-    "becomes root": "import os\nos.setuid(0)\nos.setgid(0)\nreturn os.getuid() == 0 and bool(open('/etc/shadow').read())",
+    "becomes root": """
+import os
+os.setuid(0); os.setgid(0)
+return os.getuid() == 0 and bool(open("/etc/shadow").read())""",
     "set-uid programs": """
 import subprocess
 done = subprocess.run(["su", "-c", "id -u"], capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -15,12 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
+from hostile import ATTACKS, program
 
 from data_prep.files import InputError
 from eval import sandbox
 from eval.inside import Unknown, decode, encode
 from eval.sandbox import Limits, Program, run_program
-from hostile import ATTACKS, program
 
 # reply_bytes tells the sandboxes of this test run from others on the machine.
 SHORT = Limits(seconds=1.0, cpu_seconds=2, memory_mb=400, reply_bytes=(1 << 28) + os.getpid())
@@ -119,3 +119,131 @@ def test_hostile_program_is_contained(name: str, host: Host) -> None:
     assert inside() == []
     assert abs(time.time() - time.monotonic() - before) < 5
     assert socket.gethostname() != "gone"
+
+
+@needs_sandbox
+@pytest.mark.parametrize("mode", ["user", "bwrap"])
+def test_other_levels_contain_as_well(mode: str, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Namespaces made by an ordinary user, and bubblewrap, hold what those of root hold; right programs pass."""
+    probe = Program(Limits(), mode, "/tmp") if mode != "bwrap" or shutil.which("bwrap") else None
+    try:
+        if probe is None:
+            pytest.skip("no bubblewrap on this machine")
+        probe.start("", {})
+    except sandbox.SandboxError as error:
+        pytest.skip(f"this level is not to be had here: {error}")
+    finally:
+        if probe:
+            probe.close()
+    monkeypatch.setattr(sandbox, "mode", lambda: mode)
+    assert run_program("def f(x): return 2 * x", doubles, limits=SHORT).verdict == "passed"
+    for name in (
+        "fork bomb", "TCP to the host", "environment of any process", "home folder", "password files", "writes outside",
+        "file of the host", "makes the system writable", "mounts proc", "raw device", "kills all", "daemon that stays",
+        "exits with 0 at once", "unix socket of the host", "abstract unix socket of the host",
+    ):  # fmt: skip
+        outcome = run_program(program(ATTACKS[name], **host.names), doubles, limits=SHORT)
+        assert outcome.verdict in ("failed", "timeout"), name
+        assert outcome.level == sandbox.NAMES[mode]
+    assert host.canary.read_text() == "canary"
+    assert host.touched == []
+    assert inside() == []
+
+
+HARMLESS = (
+    "file of the host", "file of the host by a symbolic link", "password files", "sees the evaluator", "UDP",
+    "TCP to the host", "unix socket of the host", "abstract unix socket of the host", "writes outside",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_attacks_work_without_the_sandbox(name: str, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attacks are real: with resource limits alone these succeed, and so pass."""
+    monkeypatch.setattr(sandbox, "mode", lambda: "none")
+    outcome = run_program(program(ATTACKS[name], **host.names), doubles, limits=SHORT, unsafe=True)
+    stop = time.monotonic() + 5
+    while name == "UDP" and "udp" not in host.touched and time.monotonic() < stop:
+        time.sleep(0.05)
+    assert outcome.verdict == "passed" or "udp" in host.touched
+    assert outcome.level == "resource limits only (unsafe)"
+    host.canary.write_text("canary")
+    host.touched.clear()
+
+
+def test_refuses_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are only resource limits nothing is run, unless asked for."""
+    monkeypatch.setattr(sandbox, "mode", lambda: "none")
+    with pytest.raises(InputError, match="--unsafe"):
+        run_program("", limits=SHORT)
+
+
+@needs_sandbox
+def test_right_programs_pass_after_hostile_ones() -> None:
+    """Every kind of plain value comes back as it was; packages, files and subprocesses can be used."""
+    values = [None, True, -3, 10**5000, 0.1, float("inf"), "é\ud800", b"\x00", (1, [2]), {1, 2}, {(1, 2): [3]}, 1 + 2j]
+
+    def check(running: Program) -> None:
+        for value in values:
+            found = running.call("same", args=[value])
+            assert (type(found), found) == (type(value), value)
+        assert running.call("total") == 6
+        assert running.call("text") == "given"
+        assert running.call("echo") == "hi\n"
+        assert running.call("Counter", "up") == 1
+        assert running.call("Counter", "up") == 2
+
+    source = """
+import subprocess, numpy
+def same(x): return x
+def total(): return numpy.array([1, 2, 3]).sum()
+def text(): return open("given.txt").read()
+def echo(): return subprocess.run(["echo", "hi"], capture_output=True, text=True).stdout
+class Counter:
+    n = 0
+    def up(self): self.n += 1; return self.n
+"""
+    outcome = run_program(source, check, files={"given.txt": "given"})
+    assert (outcome.verdict, outcome.reason) == ("passed", "")
+
+
+def test_values_that_are_not_plain_equal_nothing() -> None:
+    """What is no plain value becomes one that is equal to nothing else; a damaged message is refused."""
+    found = decode(encode([object(), range(3)]))
+    assert all(isinstance(value, Unknown) for value in found)
+    assert found[1] != [0, 1, 2]
+    assert decode(encode(float("nan"))) != decode(encode(float("nan")))
+    with pytest.raises(ValueError, match="unknown kind"):
+        decode({"verdict": "passed"})
+
+
+@needs_sandbox
+def test_nothing_outlives_a_killed_evaluator() -> None:
+    """SIGKILL of the evaluator, which can clean up nothing, ends the program and its daemons too."""
+    source = "import os, time\nos.fork()\nos.setsid() if os.getpid() > 3 else None\ntime.sleep(600)"
+    limits = f"Limits(seconds=600, reply_bytes={SHORT.reply_bytes})"
+    code = f"from eval.sandbox import *\nrun_program({source!r}, limits={limits})"
+    evaluator = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    try:
+        stop = time.monotonic() + 60
+        while len(inside()) < 3 and time.monotonic() < stop:  # launcher, init, program
+            time.sleep(0.1)
+        assert len(inside()) >= 3
+    finally:
+        evaluator.kill()
+        evaluator.wait()
+    stop = time.monotonic() + 10
+    while inside() and time.monotonic() < stop:
+        time.sleep(0.05)
+    assert inside() == []
+
+
+@needs_sandbox
+def test_programs_at_once_do_not_disturb_each_other() -> None:
+    """A fork bomb uses up its own number of processes, not that of a program beside it."""
+    bomb = threading.Thread(target=run_program, args=(ATTACKS["fork bomb that catches everything"].strip(), doubles),
+                            kwargs={"limits": Limits(seconds=4)})  # fmt: skip
+    bomb.start()
+    time.sleep(1)
+    source = "import threading\ndef f(x):\n    t = threading.Thread(target=print); t.start(); t.join(); return 2 * x"
+    assert run_program(source, doubles).verdict == "passed"
+    bomb.join()
