@@ -127,7 +127,7 @@ def prompt_of(problem: Problem, benchmark: str) -> list[dict[str, str]]:
 def raw_program(answer: str) -> str:
     """The first fenced block (up to the end where it is not closed), else the whole answer."""
     block = re.search(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", answer, re.DOTALL)
-    return block.group(1) if block else answer.partition("\n```")[0]
+    return block.group(1) if block else answer
 
 
 def program_of(problem: Problem, benchmark: str, answer: str, extraction: str) -> str:

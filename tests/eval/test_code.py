@@ -24,7 +24,7 @@ from eval.records import read_scores
 
 pytestmark = pytest.mark.skipif(sandbox.mode() == "none", reason="no namespaces and no bubblewrap on this machine")
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = 12  # every so many problems of HumanEval are judged here; all of them by hand (see the README)
+SAMPLE = 20  # every so many problems of HumanEval are judged here; all of them by hand (see the README)
 LINE = {"decoding": "greedy", "sample": 0, "tokens": 1, "finished": True}
 
 
@@ -36,9 +36,9 @@ def real_data() -> Callable[[str], list[dict[str, Any]]]:
         path = Path(os.environ.get("NCA_TEST_DATA", ROOT.parent / "shared" / "data")) / name
         if not path.exists():
             pytest.skip(f"{path} is not there; set NCA_TEST_DATA to the folder of real data")
-        opened = gzip.open(path, "rt") if path.suffix == ".gz" else open(path)
-        with opened as file:
-            return [json.loads(line) for line in file if line.strip()]
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
 
     return read
 
@@ -138,8 +138,8 @@ def test_example_of_human_eval(real_data) -> None:
 
 
 def test_leetcode(real_data) -> None:
-    """A right solution in a fenced block passes Eurus's tests, one that is off by one fails, and an object that is equal
-    to everything fails."""
+    """A right solution in a fenced block passes Eurus's tests, one that is off by one fails, and so does an object
+    that is equal to everything."""
     problem = real_data("leetcode/leetcode-test_000_119.jsonl.gz")[0]
     right = (
         "Here it is:\n```python\nclass Solution:\n    def minimumPushes(self, word: str) -> int:\n"
@@ -158,7 +158,6 @@ def test_what_a_program_is() -> None:
     assert raw_program("Text\n```python\na = 1\n```\n```\nb = 2\n```") == "a = 1"
     assert raw_program("```py\na = 1") == "a = 1"
     assert raw_program("def f(): pass") == "def f(): pass"
-    assert raw_program("def f(): pass\n```\nprose") == "def f(): pass"
     problem = {"entry_point": "f", "prompt": "def f(x):\n"}
     assert program_of(problem, "humaneval", "    return x", "raw") == "def f(x):\n    return x"
     sanitized = program_of(problem, "humaneval", "Sure!\n\ndef f(x):\n    return x\n\nI hope it helps.", "sanitized")
