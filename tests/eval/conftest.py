@@ -4,12 +4,13 @@ import dataclasses
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from judge_server import JudgeServer
 
 from data_prep.files import run_command
 from train.engine.models import new_mistral, new_tokenizer
@@ -71,3 +72,17 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         tokenizer.save_pretrained(folder)
         folders.append(folder)
     return folders
+
+
+@pytest.fixture
+def judge_server() -> Iterator[Callable[..., JudgeServer]]:
+    """Start a local judge: `judge_server(say, delay=0.0)`; see JudgeServer."""
+    servers: list[JudgeServer] = []
+
+    def start(*arguments: Any, **options: Any) -> JudgeServer:
+        servers.append(JudgeServer(*arguments, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
