@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
-from data_prep.rows import Row, read_prompts
+from data_prep.rows import Row
 from eval import generate
 from train.engine.models import Checkpoint
 from train.engine.tokens import Encoder
@@ -36,6 +36,12 @@ CHATS = {
     "p5": [{"role": "user", "content": "\n  and\ttabs \n"}],
     "p6": [{"role": "user", "content": ""}],
 }
+
+
+def draw(policy: Path, prompts: Path, part: Path) -> None:
+    """Answer all prompts with DECODING, without the end of the command that removes the part file."""
+    engine = generate.transformers_engine(Checkpoint(str(policy)), "float32", DECODING)
+    generate.generate(*engine, generate.read_tasks(prompts), DECODING, part)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -156,7 +162,7 @@ def interrupted(answers: Path, part: bytes) -> Path:
 def whole_part(answer, policies, prompts, tmp_path) -> bytes:
     """The part file of a run that was not interrupted, just before its end."""
     path = tmp_path / "whole.jsonl"
-    generate.generate(Checkpoint(str(policies[0])), read_prompts(prompts), DECODING, path)
+    draw(policies[0], prompts, path)
     return path.read_bytes()
 
 
@@ -176,7 +182,7 @@ def test_interrupted_more_than_once(policies, prompts, tmp_path, whole_part) -> 
     path = tmp_path / "part.jsonl"
     for cut in (len(whole_part) // 3 + 5, len(whole_part) // 2 + 5):
         path.write_bytes(whole_part[:cut])
-        generate.generate(Checkpoint(str(policies[0])), read_prompts(prompts), DECODING, path)
+        draw(policies[0], prompts, path)
         assert path.read_bytes() == whole_part
 
 
