@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy
 import pandas
+from tqdm import tqdm
 
 from data_prep.files import InputError
 from eval.judge import Reply, Request
@@ -23,11 +24,16 @@ from eval.judge import Reply, Request
 PROBES = 3  # requests that show whether a judge gives log-probs
 REFITS = 200  # resamples for the interval of the length-controlled win rate, each with a new fit
 RANKING, WEIGHTED = "alpaca_eval_gpt4", "weighted_alpaca_eval_gpt4_turbo"  # the package's annotators
+GAMED = ["index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline", "model"]
 Ask = Callable[[list[Request], Callable[[Any], Any]], dict[str, Reply]]
 
 
 class NoLogprobs(Exception):
     """The judge gives none, so the weighted annotator cannot be used."""
+
+
+class _AllMissing(Exception):
+    """Not one judgement came."""
 
 
 def annotate(pairs: list[dict[str, Any]], annotator: str, ask: Ask, probe: bool = True) -> list[dict[str, Any]]:
@@ -67,7 +73,7 @@ def annotate(pairs: list[dict[str, Any]], annotator: str, ask: Ask, probe: bool 
             replies = ask(requests, rating)
             found = [replies.get(request.id) for request in requests]
             if not any(found):
-                raise InputError("no judgement at all: every reply of the judge is without a rating, or failed")
+                raise _AllMissing  # the package cannot do with an empty table
             return {
                 single.completion_key: [
                     (_completion(reply) if top else reply.text) if reply else "" for reply in found
@@ -77,7 +83,10 @@ def annotate(pairs: list[dict[str, Any]], annotator: str, ask: Ask, probe: bool 
             }
 
         single.fn_completions = complete
-        rows = pool(pandas.DataFrame(pairs), chunksize=None)
+        try:
+            rows = pool(pandas.DataFrame(pairs), chunksize=None)
+        except _AllMissing:
+            rows = pairs
     judgements = []
     for row in rows:
         preference = row.get("preference")
@@ -98,15 +107,19 @@ def length_controlled(judged: list[dict[str, Any]], gamed: Path, refits: int = R
     index in the evaluation set, so all of it must be judged. InputError if it is not.
     """
     table = pandas.DataFrame(judged)[["index", "output_1", "output_2", "preference"]]
-    known = set(pandas.read_csv(gamed, usecols=["index"])["index"])
+    try:
+        known = set(pandas.read_csv(gamed, usecols=GAMED)["index"])
+    except ValueError as error:
+        raise InputError(f"{gamed}: not df_gamed.csv of tatsu-lab/alpaca_eval ({error})") from None
     if set(table["index"]) != known:
         raise InputError(f"{gamed}: has the difficulty of {len(known)} instructions, {len(table)} others are judged; "
                          "the length-controlled win rate needs all of the evaluation set, in its order")  # fmt: skip
     table = table.assign(generator_1="reference", generator_2="policy", annotator=WEIGHTED)
     draws = numpy.random.default_rng(0).integers(len(table), size=(refits, len(table)))
-    values = [_length_controlled(table, gamed), *(_length_controlled(table.iloc[draw], gamed) for draw in draws)]
-    low, high = numpy.quantile(values[1:], [0.025, 0.975])
-    return values[0], min(float(low), values[0]), max(float(high), values[0])
+    value = _length_controlled(table, gamed)
+    values = [_length_controlled(table.iloc[draw], gamed) for draw in tqdm(draws, desc="length control", unit="fit")]
+    low, high = numpy.quantile(values, [0.025, 0.975])
+    return value, min(float(low), value), max(float(high), value)
 
 
 def _length_controlled(table: pandas.DataFrame, gamed: Path) -> float:
@@ -125,14 +138,19 @@ def _length_controlled(table: pandas.DataFrame, gamed: Path) -> float:
 
 
 def _probe(requests: list[Request], ask: Ask, rating: Callable[[Any], Any]) -> None:
-    """NoLogprobs unless one of these gets an answer with log-probs. Such a reply is kept, so it costs nothing extra."""
+    """NoLogprobs unless a reply to one of these has log-probs. It is kept, so asking costs nothing extra."""
+    seen: list[bool] = []
+
+    def look(reply: Reply) -> Any:
+        seen.append(reply.top_logprobs is not None)
+        return rating(reply) or (reply.text.strip() in ("m", "M") or None)
+
     for request in requests:
-        replies = ask([request], lambda reply: rating(reply) or (reply.text.strip() in ("m", "M") or None))
-        if replies and replies[request.id].top_logprobs is not None:
-            return
-        if replies:
+        ask([request], look)
+        if seen:
             break
-    raise NoLogprobs
+    if not any(seen):
+        raise NoLogprobs
 
 
 def _completion(reply: Reply) -> dict[str, Any]:
