@@ -4,6 +4,7 @@ None of their text is in this project. What is not given is downloaded from a pi
 """
 
 import dataclasses
+import http.client
 import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
@@ -57,17 +58,21 @@ def locate(name: str, given: Path | None, data: Path) -> Path:
     if given:
         return given
     remote, known = FILES[name]
-    path = data / Path(remote).name
-    option = f"--{name.replace('_', '-')}"
+    return fetch(f"{SOURCE}/{remote}", known, data / Path(remote).name, f"--{name.replace('_', '-')}")
+
+
+def fetch(url: str, known: str, path: Path, option: str) -> Path:
+    """`path`, downloaded from `url` if it is not there; InputError unless its SHA-256 is `known`. option: by which a
+    command takes another file."""
     if not path.exists():
         try:
-            with urllib.request.urlopen(f"{SOURCE}/{remote}", timeout=60) as reply, atomic_path(path) as temporary:
+            with urllib.request.urlopen(url, timeout=60) as reply, atomic_path(path) as temporary:
                 temporary.write_bytes(reply.read())
-        except (urllib.error.URLError, TimeoutError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
             reason = " ".join(str(getattr(error, "reason", error)).split())
-            raise InputError(f"{SOURCE}/{remote}: no download ({reason}); give the file by {option}") from None
+            raise InputError(f"{url}: no download ({reason}); give the file by {option}") from None
     if sha256_file(path) != known:
-        raise InputError(f"{path}: is not the file of FastChat {COMMIT[:12]}; remove it, or give yours by {option}")
+        raise InputError(f"{path}: its SHA-256 is not {known[:12]}...; remove it, or give yours by {option}")
     return path
 
 

@@ -37,7 +37,6 @@ from eval.fastchat import (
     read_questions,
     template,
 )
-from eval.intervals import PairedDifference, paired_difference
 from eval.judge import Judge, Request, add_arguments, from_arguments, models_of, parse_rating
 from eval.records import Score
 
@@ -175,21 +174,14 @@ def pass_means(judgements: Sequence[Judgement]) -> list[float]:
     return [statistics.fmean(found) for _, found in sorted(ratings.items()) if len(found) == whole]
 
 
-def compare(ours: Path | str, theirs: Path | str) -> PairedDifference:
-    """Two outputs of `judge` on the same questions: the difference of their scores, paired by question. InputError if
-    questions or judges differ, or if a rating is missing."""
-    found, judges = [], set()
-    for folder in (Path(ours), Path(theirs)):
-        ratings: dict[str, list[float]] = defaultdict(list)
-        for _, line in read_jsonl(folder / "judgements.jsonl"):
-            if line["rating"] is None:
-                raise InputError(f"{folder}: a rating is missing; judge again before comparing")
-            ratings[line["question"]].append(line["rating"])
-        found.append({name: statistics.fmean(values) for name, values in ratings.items()})
-        judges |= {score["judge"] for _, score in read_jsonl(folder / "scores.jsonl")}
-    if set(found[0]) != set(found[1]) or len(judges) > 1:
-        raise InputError(f"{ours} and {theirs} have other questions or other judges; judge them alike")
-    return paired_difference(list(found[0].values()), [found[1][name] for name in found[0]])
+def question_means(folder: Path) -> dict[str, float]:
+    """The mean rating of each question in an output of `judge`, over turns and passes; InputError if one is missing."""
+    ratings: dict[str, list[float]] = defaultdict(list)
+    for _, line in read_jsonl(folder / "judgements.jsonl"):
+        if line["rating"] is None:
+            raise InputError(f"{folder}: a rating is missing; judge again before comparing")
+        ratings[line["question"]].append(line["rating"])
+    return {name: statistics.fmean(found) for name, found in ratings.items()}
 
 
 # Commands

@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,14 @@ RANKED = re.compile(r'"instruction": """(.*?)""".*?"answer": """(.*?)"""\n.*?"an
 class TruthJudge:
     """The server, and what it says. truths: of each question, by its text."""
 
-    def __init__(self, prompts: Path | str, port: int = 0) -> None:
+    def __init__(self, prompts: Sequence[Path], port: int = 0) -> None:
         """Listen on 127.0.0.1 (port 0: any free one); InputError for prompts without truths and a port in use."""
-        items = read_prompts(prompts)
-        if not all("truth" in item for item in items):
-            raise InputError(f"{prompts}: prompts without a truth; give those of the miniature world")
-        self.truths = {item["prompt"][-1]["content"]: item["truth"] for item in items}
+        self.truths = {}
+        for path in prompts:
+            items = read_prompts(path)
+            if not all("truth" in item for item in items):
+                raise InputError(f"{path}: prompts without a truth; give those of the miniature world")
+            self.truths |= {item["prompt"][-1]["content"]: item["truth"] for item in items}
         self.model = f"truth-{code_digest('data_prep.miniature.world')[:12]}"
         owner = self
 
@@ -135,7 +138,9 @@ class TruthJudge:
 def main() -> None:
     """Serve until stopped."""
     parser = argparse.ArgumentParser(prog="python -m eval.truth_judge")
-    parser.add_argument("--prompts", type=Path, required=True, help="prompts of the miniature world, with truths")
+    parser.add_argument(
+        "--prompts", type=Path, nargs="+", required=True, help="prompts of the miniature world, with truths"
+    )
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
     arguments = parser.parse_args()
     judge = TruthJudge(arguments.prompts, arguments.port)
