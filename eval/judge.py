@@ -10,11 +10,7 @@ pays, for the rest only. The key is read from the environment and written nowher
 """
 
 import argparse
-import contextlib
 import dataclasses
-import functools
-import json
-import os
 import random
 import re
 import threading
@@ -23,82 +19,28 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from data_prep.files import InputError, sha256_text, to_json
+from eval.endpoint import Again, Connection, Endpoint, Halt, Refused, Reply, Request
 from eval.reply_cache import ReplyCache
+
+__all__ = [
+    "Endpoint",
+    "Estimate",
+    "Judge",
+    "Reply",
+    "Request",
+    "add_arguments",
+    "from_arguments",
+    "models_of",
+    "parse_rating",
+]
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before another try: doubled each time
 LONGEST_RETRY_AFTER = 300.0  # a server that asks for more is left for today
 UNRATED_TRIES = 3  # replies to one request, all paid, before it is given up as without a rating
-PRICED_PER = 1_000_000  # tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Endpoint:
-    """Where the judge is. key_variable: environment variable that holds the key, "" for none. Prices: USD for a
-    million tokens. InputError for an address that could carry a secret, and for a variable that is not set."""
-
-    base_url: str
-    model: str
-    key_variable: str = ""
-    price_in: float = 0.0
-    price_out: float = 0.0
-
-    def __post_init__(self) -> None:
-        url = urlsplit(self.base_url)
-        if url.username or url.password or url.query or url.fragment:  # it is recorded: no word of it is repeated here
-            raise InputError("--judge-url holds a user, a password or a query; give the plain address, and the key "
-                             "through --judge-key-variable")  # fmt: skip
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise InputError(f"--judge-url {self.base_url}: write http(s)://HOST[:PORT]/v1")
-        if not self.model:
-            raise InputError("--judge-model is empty; name the judge's exact version")
-        if self.price_in < 0 or self.price_out < 0:
-            raise InputError("--judge-price-in and --judge-price-out must be at least 0 (USD for a million tokens)")
-        # A key typed in place of the variable's name must not be echoed.
-        if self.key_variable and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
-            raise InputError("--judge-key-variable takes the name of an environment variable, not the key")
-        if self.key_variable and not os.environ.get(self.key_variable, "").strip():
-            raise InputError("the variable named by --judge-key-variable is not set; export it")
-
-    @property
-    def key(self) -> str:
-        """The key, or "" for an endpoint without."""
-        return os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
-
-    def price(self, tokens_in: int, tokens_out: int) -> float:
-        """USD for so many tokens."""
-        return (tokens_in * self.price_in + tokens_out * self.price_out) / PRICED_PER
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One question to the judge. id: the caller's, unique in a call. pass_number tells apart repeated judgements of
-    the same. logprobs: how many top log-probs to ask for at each token of the reply (0: none)."""
-
-    id: str
-    messages: list[dict[str, str]]
-    max_tokens: int
-    temperature: float
-    pass_number: int = 0
-    logprobs: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """What the judge said. model: the exact name the server returned. cost: USD. cached: from an earlier run.
-    top_logprobs: for each token of the reply its candidates {token, logprob}; None where the server gives none."""
-
-    text: str
-    model: str
-    tokens_in: int
-    tokens_out: int
-    cost: float
-    cached: bool = False
-    top_logprobs: list[list[dict[str, Any]]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,26 +56,11 @@ class Estimate:
 
     def __str__(self) -> str:
         """One line for --dry-run."""
+        money = f"at most {self.cost:.2f} USD" if self.cost or not self.calls else "price not given"
         return (
             f"{self.calls} calls to make ({self.cached} in the cache), {self.tokens_in:,} tokens in and at most "
-            f"{self.tokens_out:,} out ({self.counted_by}), at most {self.cost:.2f} USD"
+            f"{self.tokens_out:,} out ({self.counted_by}), {money}"
         )
-
-
-class _Again(Exception):
-    """A fault that may pass. after: seconds the server asks to wait, or None."""
-
-    def __init__(self, reason: str, after: float | None = None) -> None:
-        super().__init__(reason)
-        self.after = after
-
-
-class _Refused(Exception):
-    """The server will not take this one request."""
-
-
-class _Halt(Exception):
-    """Nothing more can be asked."""
 
 
 class Judge:
@@ -157,7 +84,8 @@ class Judge:
         if budget is not None and endpoint.price_in == endpoint.price_out == 0:
             raise InputError("--budget needs --judge-price-in and --judge-price-out (USD for a million tokens)")
         self.endpoint, self.concurrency, self.retries = endpoint, concurrency, retries
-        self.timeout_s, self.budget = timeout_s, budget
+        self.budget = budget
+        self._connection = Connection(endpoint, timeout_s)
         self.missing: dict[str, str] = {}
         self.calls, self.spent = 0, 0.0  # requests sent by this object, and their price
         self._cache = ReplyCache(cache)
@@ -171,7 +99,6 @@ class Judge:
         self._resume_at = 0.0
         self._stopped = ""  # why no more calls are made
         self._wake = threading.Event()
-        self._client: Any = None
 
     # Before any spend
 
@@ -183,10 +110,10 @@ class Judge:
             cached += key in cache
             if key not in cache:
                 todo[key] = request
-        tokens_in = sum(self._tokens(request) for request in todo.values())
+        tokens_in = sum(self._connection.tokens(request) for request in todo.values())
         tokens_out = sum(request.max_tokens for request in todo.values())
         cost = self.endpoint.price(tokens_in, tokens_out)
-        return Estimate(len(todo), cached, tokens_in, tokens_out, cost, _counter(self.endpoint.model)[0])
+        return Estimate(len(todo), cached, tokens_in, tokens_out, cost, self._connection.counted_by)
 
     # Asking
 
@@ -253,14 +180,14 @@ class Judge:
             if held is None:
                 return self._stopped
             try:
-                reply = self._call(request)
+                reply = self._connection.call(request)
                 cost = reply.cost
-            except _Halt as reason:
+            except Halt as reason:
                 self._halt(f"{self.endpoint.base_url}: {reason}")
                 return str(reason)
-            except _Refused as reason:
+            except Refused as reason:
                 return str(reason)
-            except _Again as fault:
+            except Again as fault:
                 failed += 1
                 if failed > self.retries:
                     return self._give_up(str(fault))
@@ -280,7 +207,7 @@ class Judge:
 
     def _reserve(self, request: Request) -> float | None:
         """Wait for a pause to pass and set aside the price of one call; None if no more calls are to be made."""
-        price = self.endpoint.price(self._tokens(request), request.max_tokens)
+        price = self.endpoint.price(self._connection.tokens(request), request.max_tokens)
         while not self._stopped:
             with self._lock:
                 pause = self._resume_at - time.monotonic()
@@ -300,71 +227,6 @@ class Judge:
                     pause = 0.05
             self._wake.wait(pause)
         return None
-
-    def _call(self, request: Request) -> Reply:
-        """One HTTP request; _Again, _Refused or _Halt where it brings no reply."""
-        import openai
-
-        extra = {"logprobs": True, "top_logprobs": request.logprobs} if request.logprobs else {}
-        try:
-            found = self._connected().chat.completions.create(
-                model=self.endpoint.model, messages=request.messages, max_tokens=request.max_tokens,
-                temperature=request.temperature, **extra,
-            )  # fmt: skip
-        except openai.APIStatusError as error:
-            status, said = error.status_code, self._redact(f"HTTP {error.status_code}: {_short(error.message)}")
-            if status in (401, 403):
-                raise _Halt(f"{said}; check the variable named by --judge-key-variable") from None
-            if status == 404:
-                raise _Halt(f"{said}; check --judge-url and --judge-model") from None
-            if status == 429 and error.code == "insufficient_quota":
-                raise _Halt(f"{said}; all replies are kept, run again when there is credit") from None
-            if status in (408, 409, 425, 429) or status >= 500:
-                raise _Again(said, _retry_after(error.response.headers)) from None
-            raise _Refused(said) from None
-        except openai.APIConnectionError as error:
-            cause = error.__cause__
-            kind = "timed out" if isinstance(error, openai.APITimeoutError) else "connection failed"
-            raise _Again(self._redact(f"{kind}{f' ({_short(str(cause))})' if cause else ''}")) from None
-        except (openai.APIError, ValueError) as error:  # a body that is not what the protocol says
-            raise _Again(self._redact(f"malformed reply ({_short(str(error))})")) from None
-        return self._parse(request, found)
-
-    def _parse(self, request: Request, found: Any) -> Reply:
-        """The reply in a completion; the client library does not check what the server sent."""
-        try:
-            choice = found.choices[0]
-            text = choice.message.content or ""
-            logprobs = None
-            if request.logprobs and choice.logprobs is not None and choice.logprobs.content:
-                logprobs = [
-                    [{"token": str(top.token), "logprob": float(top.logprob)} for top in position.top_logprobs]
-                    for position in choice.logprobs.content
-                ]
-            logprobs = json.loads(self._redact(to_json(logprobs)))  # refuses NaN and infinities
-            usage = found.usage
-            tokens_in = self._tokens(request) if usage is None else int(usage.prompt_tokens)
-            tokens_out = _counter(self.endpoint.model)[1](text) if usage is None else int(usage.completion_tokens)
-            if not isinstance(text, str) or min(tokens_in, tokens_out) < 0:
-                raise TypeError("wrong types")
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            raise _Again("malformed reply (not a chat completion)") from None
-        named = found.model if isinstance(found.model, str) and found.model else f"{self.endpoint.model} (not named)"
-        # A server may echo what it was sent; neither the cache nor a table may carry the key.
-        cost = self.endpoint.price(tokens_in, tokens_out)
-        return Reply(self._redact(text), self._redact(named), tokens_in, tokens_out, cost, top_logprobs=logprobs)
-
-    def _connected(self) -> Any:
-        import openai
-
-        with self._lock:
-            if self._client is None:
-                # Without a variable named, the library would take OPENAI_API_KEY and send it anywhere.
-                self._client = openai.OpenAI(
-                    api_key=self.endpoint.key or "none", base_url=self.endpoint.base_url, max_retries=0,
-                    timeout=self.timeout_s,
-                )  # fmt: skip
-            return self._client
 
     def _wait(self, failed: int, after: float | None) -> None:
         """Back off, with jitter so that threads do not return together. A Retry-After holds for all of them."""
@@ -392,14 +254,6 @@ class Judge:
         with self._lock:
             self._stopped = self._stopped or reason
         self._wake.set()
-
-    def _redact(self, text: str) -> str:
-        key = self.endpoint.key
-        return text.replace(key, "[key]") if len(key) >= 8 else text  # shorter ones are dummies of local servers
-
-    def _tokens(self, request: Request) -> int:
-        count = _counter(self.endpoint.model)[1]
-        return sum(count(message["content"]) + 4 for message in request.messages)  # 4: role and separators
 
     # What is cached
 
@@ -466,35 +320,3 @@ def from_arguments(arguments: argparse.Namespace, cache: Path | str) -> Judge:
 
 def _accepted(accept: Callable[[Any], Any], request: Request, reply: Reply) -> bool:
     return accept(reply if request.logprobs else reply.text) is not None
-
-
-@functools.cache
-def _counter(model: str) -> tuple[str, Callable[[str], int]]:
-    """How tokens are counted, and the count: the model's own encoding if it is on this machine, else a guess."""
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
-    if folder:  # elsewhere tiktoken would download
-        import tiktoken
-
-        with contextlib.suppress(Exception):
-            encoding = tiktoken.encoding_for_model(model)
-            return f"counted with {encoding.name}", lambda text: len(encoding.encode(text, disallowed_special=()))
-    return "estimated at 4 characters a token", lambda text: -(-len(text) // 4)
-
-
-def _retry_after(headers: Any) -> float | None:
-    """Seconds in a Retry-After header, which holds a number or a date."""
-    import email.utils
-
-    value = headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError):
-            return None
-    return max(seconds, 0.0) if seconds == seconds else None
-
-
-def _short(text: str) -> str:
-    return " ".join(str(text).split())[:200]

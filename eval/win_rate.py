@@ -194,82 +194,77 @@ def dry_run(pairs: list[dict[str, Any]], benchmark: str, judge: Judge) -> str:
 def main() -> None:
     """Judge and score one policy's answers."""
     arguments = _parse()
-    out, benchmark = Path(arguments.out), arguments.benchmark
-    judge = None if arguments.annotations else from_arguments(arguments, out / "judge.jsonl")
-    names = ("prompts", "annotations", "length_control")
-    inputs = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
-    for name in ("answers", "reference"):
-        path = getattr(arguments, name)
-        if path:
-            inputs[name] = path / "answers.jsonl" if path.is_dir() else path
+    out, given = Path(arguments.out), arguments.annotations
+    judge = None if given else from_arguments(arguments, out / "judge.jsonl")
+    planned = _plan(arguments, judge)
+    if not arguments.dry_run and up_to_date(out, planned):
+        print(f"{out}: done already, nothing to do")
+        return
+    if judge is None:
+        texts = judgements = read_annotations(given)
+        facts: dict[str, Any] = {"decoding": arguments.decoding or "unknown"}
+        judged_by = f"{'+'.join(sorted({judgement['judge'] for judgement in judgements}))} (annotations given)"
+        manifest, reasons, cost = sha256_file(given), Counter(), {}
+    else:
+        texts, facts = read_pairs(arguments.prompts, arguments.answers, arguments.reference, arguments.decoding)
+        manifest = read_manifest(arguments.answers)["hash"]
+        if arguments.dry_run:
+            print(dry_run(texts, arguments.benchmark, judge))
+            return
+        judgements, annotator = judge_pairs(texts, arguments.benchmark, judge)
+        models = "+".join(sorted({judgement["judge"] for judgement in judgements} - {""}))
+        judged_by = f"{annotator} by {models or 'nobody: all answers are equal'}"
+        reasons, cost = Counter(judge.missing.values()), {"calls": judge.calls, "usd": round(judge.spent, 4)}
+    missing = sum(judgement["preference"] is None for judgement in judgements)
+    if missing and not arguments.allow_missing:
+        why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3)) or "null in the file"
+        raise InputError(f"{missing} of {len(judgements)} judgements are missing ({why}); "
+                         f"{'' if given else 'run the same command again to ask for these alone, or '}"
+                         "give --allow-missing to score the others")  # fmt: skip
+    results = {"win_rate": win_rate(judgements)}
+    if arguments.length_control:
+        rows = [{**text, **judgement} for text, judgement in zip(texts, judgements, strict=True)]
+        n = results["win_rate"][0]
+        results["length_controlled_win_rate"] = (n, *length_controlled(rows, arguments.length_control))
+    scores = [
+        Score(
+            scale=arguments.scale, seed=arguments.seed, policy=arguments.policy, decoding=facts["decoding"],
+            benchmark=arguments.benchmark, metric=metric, judge=judged_by, n=n, value=value, low=low, high=high,
+            manifest=manifest,
+        )
+        for metric, (n, value, low, high) in results.items()
+    ]  # fmt: skip
+    draws = sum(judgement["preference"] == 1.5 for judgement in judgements)
+    facts |= {"judge": judged_by, "judged": len(judgements) - missing, "missing": missing, "draws": draws}
+    write_jsonl(out / "judgements.jsonl", map(_line, judgements))
+    write_jsonl(out / "scores.jsonl", map(dataclasses.asdict, scores))
+    write_manifest(out, planned, outputs=["judgements.jsonl", "scores.jsonl"], facts=facts, circumstances=cost)
+    for score in scores:
+        print(f"{score.benchmark} {score.metric}: {100 * score.value:.2f} % [{100 * score.low:.2f}, "
+              f"{100 * score.high:.2f}], n = {score.n}, {missing} missing, {judged_by}")  # fmt: skip
+    if arguments.benchmark == "alpaca_eval_2" and not arguments.length_control:
+        print("length-controlled win rate: not computed; it needs df_gamed.csv of tatsu-lab/alpaca_eval "
+              "(--length-control)")  # fmt: skip
+
+
+def _plan(arguments: argparse.Namespace, judge: Judge | None) -> dict[str, Any]:
+    """What decides the outputs: settings, and digests of the files that are read."""
+    names = ("prompts", "annotations", "length_control", "answers", "reference")
+    paths = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    inputs = {name: path / "answers.jsonl" if path.is_dir() else path for name, path in paths.items()}
     settings = {
         **{name: getattr(arguments, name) for name in ("benchmark", "policy", "scale", "seed", "decoding")},
         "allow_missing": arguments.allow_missing,
         "judge": judge and {"url": judge.endpoint.base_url, "model": judge.endpoint.model},
         "alpaca_eval": metadata.version("alpaca_eval"),
     }
-    planned = plan("eval.win_rate", settings, inputs)
-    if not arguments.dry_run and up_to_date(out, planned):
-        print(f"{out}: done already, nothing to do")
-        return
-    facts: dict[str, Any] = {"decoding": arguments.decoding or "unknown"}
-    if judge is None:
-        judgements = read_annotations(arguments.annotations)
-        annotator = "+".join(sorted({judgement["judge"] for judgement in judgements}))
-        judged_by, manifest = f"{annotator} (annotations given)", sha256_file(arguments.annotations)
-        texts = judgements
-    else:
-        texts, facts = read_pairs(arguments.prompts, arguments.answers, arguments.reference, arguments.decoding)
-        manifest = read_manifest(arguments.answers)["hash"]
-        if arguments.dry_run:
-            print(dry_run(texts, benchmark, judge))
-            return
-        judgements, annotator = judge_pairs(texts, benchmark, judge)
-        models = "+".join(sorted({judgement["judge"] for judgement in judgements} - {""}))
-        judged_by = f"{annotator} by {models or 'nobody: all answers are equal'}"
-    missing = sum(judgement["preference"] is None for judgement in judgements)
-    reasons = Counter(judge.missing.values() if judge else ["null in the file"] * missing)
-    stated = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-    if missing and not arguments.allow_missing:
-        raise InputError(f"{missing} of {len(judgements)} judgements are missing ({stated}); run the same command "
-                         "again to ask for these alone, or give --allow-missing")  # fmt: skip
-    results = {"win_rate": win_rate(judgements)}
-    if arguments.length_control:
-        rows = [{**text, **judgement} for text, judgement in zip(texts, judgements, strict=True)]
-        results["length_controlled_win_rate"] = (
-            results["win_rate"][0],
-            *length_controlled(rows, arguments.length_control),
-        )
-    scores = [
-        Score(
-            scale=arguments.scale, seed=arguments.seed, policy=arguments.policy, decoding=facts["decoding"],
-            benchmark=benchmark, metric=metric, judge=judged_by, n=n, value=value, low=low, high=high,
-            manifest=manifest,
-        )
-        for metric, (n, value, low, high) in results.items()
-    ]  # fmt: skip
-    kept = ("id", "index", "preference", "judge", "reply")
-    write_jsonl(out / "judgements.jsonl", (
-        {**{name: judgement[name] for name in kept},
-         "win": None if judgement["preference"] is None else judgement["preference"] - 1}
-        for judgement in judgements
-    ))  # fmt: skip
-    write_jsonl(out / "scores.jsonl", map(dataclasses.asdict, scores))
-    facts |= {
-        "judge": judged_by,
-        "judged": len(judgements) - missing,
-        "missing": missing,
-        "draws": sum(judgement["preference"] == 1.5 for judgement in judgements),
-    }
-    paid = {"calls": judge.calls, "usd": round(judge.spent, 4)} if judge else {}
-    write_manifest(out, planned, outputs=["judgements.jsonl", "scores.jsonl"], facts=facts, circumstances=paid)
-    for score in scores:
-        print(f"{benchmark} {score.metric}: {100 * score.value:.2f} % [{100 * score.low:.2f}, {100 * score.high:.2f}], "
-              f"n = {score.n}, {missing} missing, {judged_by}")  # fmt: skip
-    if benchmark == "alpaca_eval_2" and not arguments.length_control:
-        print(
-            "length-controlled win rate: not computed; give df_gamed.csv of tatsu-lab/alpaca_eval by --length-control"
-        )
+    return plan("eval.win_rate", settings, inputs)
+
+
+def _line(judgement: dict[str, Any]) -> dict[str, Any]:
+    """A line of judgements.jsonl: without the texts, with the win (None where missing)."""
+    kept = {name: judgement[name] for name in ("id", "index", "preference", "judge", "reply")}
+    return {**kept, "win": None if kept["preference"] is None else kept["preference"] - 1}
 
 
 def _parse() -> argparse.Namespace:

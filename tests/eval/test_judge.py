@@ -17,6 +17,7 @@ import pytest
 from judge_server import MODEL, Fault
 
 from data_prep.files import InputError
+from eval import endpoint as endpoint_module
 from eval import judge as module
 from eval.judge import Endpoint, Judge, Reply, Request, parse_rating
 
@@ -117,13 +118,15 @@ def test_one_refused_request_does_not_stop_the_rest(judge_server, make) -> None:
 
 
 def test_retry_after_is_honoured(judge_server, make) -> None:
-    """After a Retry-After nothing more is sent, by any thread, until that time has passed."""
-    server = judge_server(lambda body, n: Fault("status", 429, retry_after="0.3") if n == 0 else "[[5]]")
-    replies = make(server.url, concurrency=3).ask([request(str(i)) for i in range(12)], parse_rating)
-    assert len(replies) == 12
-    gaps = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
-    assert sum(gap > 0.25 for gap in gaps) >= 12 / 3  # all wait, each time
-    assert len(server.calls) == 24
+    """After one Retry-After nothing more is sent, by any thread, until that time has passed; then all is answered."""
+    limit = Fault("status", 429, retry_after="0.8")
+    server = judge_server(lambda body, n: limit if body is server.calls[0] else "[[5]]", delay=0.02)
+    replies = make(server.url, concurrency=3).ask([request(str(i)) for i in range(40)], parse_rating)
+    assert len(replies) == 40
+    after = [moment - server.times[0] for moment in server.times]
+    assert not [moment for moment in after if 0.3 < moment < 0.8]  # what was on its way has arrived by then
+    assert sum(moment >= 0.8 for moment in after) > 20
+    assert len(server.calls) == 41
 
 
 def test_retry_after_for_hours_stops(judge_server, make) -> None:
@@ -216,7 +219,7 @@ run_command(lambda: print(len(judge.ask(requests, parse_rating))))
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_kill_and_restart_pays_for_the_rest(judge_server, tmp_path, kill) -> None:
     """Killed in the middle: the second run asks exactly for what is not on disk, and the end is that of one run."""
-    server, cache = judge_server(lambda body, n: rating_of(prompt_of(body)), delay=0.05), tmp_path / "cache.jsonl"
+    server, cache = judge_server(lambda body, n: rating_of(prompt_of(body)), delay=0.1), tmp_path / "cache.jsonl"
     words = [sys.executable, "-c", KILLED, server.url, str(cache)]
     first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not cache.exists() or cache.read_bytes().count(b"\n") < 10:
@@ -346,6 +349,15 @@ def test_budget_stops_cleanly(judge_server, make) -> None:
     assert second.spent == pytest.approx(0.001 * (50 - paid))
 
 
+def test_a_reply_counts_once_against_the_budget(judge_server, make) -> None:
+    """Asking for the same again within a run neither pays nor counts a second time."""
+    server = judge_server(lambda body, n: "[[5]] " + "word " * 19)  # 20 tokens: as many as allowed
+    judge = make(server.url, prices=(0.0, 100.0), budget=0.011)  # 0.002 USD a reply: enough for 5
+    for count in (3, 3, 4, 5):
+        assert len(judge.ask([request(str(i)) for i in range(count)], parse_rating)) == count
+    assert judge.spent == pytest.approx(0.01)
+
+
 def test_estimate_bounds_the_bill(judge_server, make) -> None:
     """The estimate makes no call and no file, and the bill stays below it; the bill is the server's own count."""
     server = judge_server(lambda body, n: rating_of(prompt_of(body)))
@@ -355,6 +367,8 @@ def test_estimate_bounds_the_bill(judge_server, make) -> None:
     assert (found.calls, found.cached, len(server.calls)) == (10, 0, 0)
     assert not judge._cache.path.exists()
     assert "4 characters" in str(found)
+    assert f"at most {found.cost:.2f} USD" in str(found)
+    assert "price not given" in str(make(server.url).estimate(requests))
     replies = judge.ask(requests, parse_rating)
     assert {(reply.tokens_in, reply.tokens_out) for reply in replies.values()} == {(6, 2)}  # words, in this server
     assert judge.spent == pytest.approx(10 * (6 * 10 + 2 * 30) / 1e6)
@@ -371,9 +385,9 @@ def test_estimate_counts_with_tiktoken_where_it_is(tmp_path, monkeypatch) -> Non
     )
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken, "encoding_for_model", lambda model: letters)
-    module._counter.cache_clear()
+    endpoint_module._counter.cache_clear()
     found = Judge(Endpoint("http://127.0.0.1:9/v1", "gpt-4"), tmp_path / "c").estimate([request("a", "twelve chars")])
-    module._counter.cache_clear()
+    endpoint_module._counter.cache_clear()
     assert found.tokens_in == 12 + 4
     assert "letters" in found.counted_by
 
@@ -390,20 +404,22 @@ def test_the_key_appears_nowhere(judge_server, make, tmp_path, monkeypatch, capf
         echo = server.headers[-1]["authorization"]
         if prompt_of(body) == "refused":
             return Fault("status", 400, body=f"cannot, {echo}")
+        if prompt_of(body) == "cut":  # the message is cut within the key
+            return Fault("status", 400, body="x" * (240 - len("HTTP 400: Error code: 400 - ") - 12) + KEY)
         if n == 0:
             return Fault("status", 500, body=f"oops {echo}")
         return f"You sent {echo}. Rating: [[5]]"
 
     server = judge_server(say)
     judge = make(server.url, key_variable="JUDGE_KEY", concurrency=1)
-    replies = judge.ask([request("a"), request("refused")], parse_rating)
+    replies = judge.ask([request("a"), request("refused"), request("cut")], parse_rating)
     assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}  # it was sent
     server.say = lambda body, n: Fault("status", 401, body=f"who is {KEY}?")
     with pytest.raises(InputError) as stop:
         judge.ask([request("b")], parse_rating)
     seen = [repr(judge.endpoint), repr(vars(judge)), repr(replies), repr(judge.missing), str(stop.value), caplog.text]
     seen += [*capfd.readouterr(), *(path.read_text() for path in tmp_path.rglob("*") if path.is_file())]
-    assert not [text for text in seen if KEY in text]
+    assert not [text for text in seen if KEY[:8] in text]
     assert "[key]" in replies["a"].text
 
 
@@ -427,6 +443,22 @@ def test_a_key_in_the_wrong_place_is_refused_unseen(fields) -> None:
     with pytest.raises(InputError) as stop:
         Endpoint(*fields)
     assert "secret" not in str(stop.value)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\nword-0123", "sk-secret-wörd-0123"])
+def test_an_unusable_key_is_refused_unseen(monkeypatch, key) -> None:
+    """A key that cannot stand in a header is refused at once, without being repeated."""
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(InputError, match="non-ASCII") as stop:
+        Endpoint("http://host/v1", "m", "JUDGE_KEY")
+    assert "secret" not in str(stop.value)
+
+
+@pytest.mark.parametrize("url", ["", "host/v1", "ftp://host", "http://", "http://host:port/v1", "http://[host/v1"])
+def test_what_is_no_address_is_refused(url) -> None:
+    """Before anything is sent."""
+    with pytest.raises(InputError, match="--judge-url"):
+        Endpoint(url, "m")
 
 
 # Ratings

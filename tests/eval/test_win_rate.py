@@ -496,7 +496,7 @@ def test_killed_command_continues(judge_server, tmp_path) -> None:
     """SIGKILL in the middle of judging, then the same command: it asks for the rest only, and the score is whole."""
     items = made_up(60)
     honest = replay(items)
-    server = judge_server(honest, delay=0.1)
+    server = judge_server(honest, delay=0.2)
     line = [sys.executable, "-m", "eval.win_rate", *words(tmp_path, items, server.url, "alpaca_eval_1", "out")]
     cache = tmp_path / "out" / "judge.jsonl"
     first = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
