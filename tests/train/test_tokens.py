@@ -161,3 +161,72 @@ def test_stream_length_is_the_packed_length(encoder: Encoder) -> None:
     encoded = encoder.row(one_row(["one", "two three", "so we add one more"]))
     lengths = [len(ids) for ids in encoded.response_ids]
     assert encoded.stream_length == len(encoded.prompt_ids) + sum(lengths) - 3
+
+
+def letters(count: int, first: str = "p") -> str:
+    """Text of `count` tokens: neighbouring letters that nothing merges."""
+    return "".join(chr(ord(first) + i) for i in range(count))
+
+
+def test_a_joint_limit_cuts_each_response_for_itself(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A response keeps max_tokens less the prompt, or max_response_tokens if that is less; another response of the
+    row, short enough, is not touched."""
+    row = one_row([letters(3), letters(9)], "one")
+    length = len(Encoder(tokenizer, 64, 48).row(row).prompt_ids)
+    for response_limit, total, kept in ((48, length + 6, 6), (5, length + 6, 5), (48, length + 10, 10), (48, 0, 10)):
+        encoder = Encoder(tokenizer, 64, response_limit, max_tokens=total)
+        short, long = encoder.row(row).response_ids
+        assert (len(short), len(long)) == (4, kept)
+        assert encoder.facts().items() >= {"responses_cut": int(kept < 10), "eos_lost": int(kept < 10)}.items()
+
+
+def test_a_prompt_that_leaves_no_response_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """One token of response may be left; with none the row is refused by name, in one line."""
+    row = one_row(["one", "two"])
+    length = len(Encoder(tokenizer, 64, 48).row(row).prompt_ids)
+    encoded = Encoder(tokenizer, 64, 48, max_tokens=length + 1).rows([row])
+    assert [len(ids) for ids in encoded[0].response_ids] == [1, 1]
+    with pytest.raises(InputError, match=rf"'a'.* {length} tokens.*max_tokens = {length} leaves none") as refused:
+        Encoder(tokenizer, 64, 48, max_tokens=length).rows([row])
+    assert "\n" not in str(refused.value)
+
+
+def test_keep_end_keeps_the_end_of_a_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The last tokens of a long prompt stay, its generation prompt with them; the cut and the lost BOS are counted,
+    and responses are those behind the whole prompt. A prompt of exactly the limit is not cut."""
+    row = one_row(["five", "so"], letters(20, "a"))
+    whole = Encoder(tokenizer, 64, 48).row(row)
+    for limit in (len(whole.prompt_ids), 9):
+        encoder = Encoder(tokenizer, limit, 48, long_prompts="keep_end")
+        encoded = encoder.row(row)
+        assert encoded.prompt_ids == whole.prompt_ids[-limit:]
+        assert encoded.response_ids == whole.response_ids
+        assert encoder.prompt(row.prompt, "a")[1] == encoded.prompt_ids
+        cut = int(limit == 9)
+        assert (encoder.counts["prompts_cut"], encoder.counts["bos_lost"]) == (2 * cut, 2 * cut)
+    assert tokenizer.decode(encoded.prompt_ids).endswith("</s><|assistant|>")
+
+
+def test_rows_are_encoded_the_same_together_and_alone(
+    tokenizer: PreTrainedTokenizerFast, make_rows: Callable[..., list[Row]]
+) -> None:
+    """Chunks change neither ids nor order nor counts: rows of several chunks are those of each row by itself."""
+    rows = [*make_rows(600, seed=1), one_row(["one</s>two", " so", "\nfive", *ODD])]
+    together, alone = (Encoder(tokenizer, 64, 20, max_tokens=40) for _ in range(2))
+    assert together.rows(rows) == [alone.row(row) for row in rows]
+    assert together.facts() == alone.facts()
+    for row, encoded in zip(rows[-3:], together.rows(rows)[-3:], strict=True):
+        text = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
+        for response, ids in zip(row.responses, encoded.response_ids, strict=True):
+            joined = tokenizer.encode(text + response, add_special_tokens=False)
+            assert [*joined[len(encoded.prompt_ids) :], tokenizer.eos_token_id][:20] == ids
+
+
+def test_many_merges_across_the_boundary_are_refused(merging: PreTrainedTokenizerFast) -> None:
+    """One response in twenty may merge with its prompt; more say that template and tokenizer do not fit."""
+    few = one_row(["b", *["a"] * 19], "a")
+    encoder = Encoder(merging, 9, 9)
+    encoder.rows([few])
+    assert encoder.facts()["boundary_shifted_share"] == 0.05
+    with pytest.raises(InputError, match=r"2 of 20 responses merge.*5%.*generation prompt"):
+        encoder.rows([one_row(["b", "ba", *["a"] * 18], "a")])

@@ -288,6 +288,59 @@ def test_with_no_whole_checkpoint_a_run_starts_again(
     assert same_outcome(out, finished)
 
 
+def test_checkpoints_by_the_clock(finished: Path, align_run: Callable[..., Path], tmp_path: Path) -> None:
+    """`checkpoint_minutes`: here after every step, so that an interruption in step 6 loses that step alone; the policy
+    is that of the run with checkpoints by steps."""
+    out = tmp_path / "run"
+    often = ["--checkpoint-every", 0, "--checkpoint-minutes", 1e-9]
+    with pytest.raises(KeyboardInterrupt):
+        align_run(out, *often, loss=Interruption(11))
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-5"]
+    align_run(out, *often)
+    assert same_outcome(out, finished)
+    seldom = align_run(tmp_path / "seldom", "--checkpoint-every", 0, "--checkpoint-minutes", 60)
+    assert not list(seldom.glob("checkpoint-*"))
+    assert same_outcome(seldom, finished)
+
+
+def test_an_adapter_run_resumes_to_the_same_bytes(align_run: Callable[..., Path], tmp_path: Path) -> None:
+    """LoRA with gradient checkpointing in bfloat16, interrupted in step 5: adapters and trend as if undisturbed."""
+    words = ["--tuning", "lora", "--lora-rank", 4, "--dtype", "bfloat16", "--gradient-checkpointing", "true"]
+    undisturbed, out = align_run(tmp_path / "undisturbed", *words), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        align_run(out, *words, loss=Interruption(9))
+    align_run(out, *words)
+    for name in ("policy/adapter_model.safetensors", "trend.jsonl"):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_gradient_checkpointing_changes_nothing(finished: Path, align_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Activations computed again are the same activations."""
+    assert same_outcome(align_run(tmp_path / "run", "--gradient-checkpointing", "true"), finished)
+
+
+def test_what_is_missing_on_the_command_line_is_named(align_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Neither the recipe nor the command says where the model or the rows are; a logger that is not installed."""
+    for words, said in ((["--model", ""], "--model"), (["--rows", ""], "--rows"), (["--eval-rows", ""], "--eval-rows"),
+                        (["--report-to", "nonesuch"], "nonesuch")):  # fmt: skip
+        with pytest.raises(InputError, match=said) as refused:
+            align_run(tmp_path / "run", *words)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    align_run: Callable[..., Path], mu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--dry-run` on the small model: its parameters, steps and memory, and no directory."""
+    out = align_run(tmp_path / "run", "--dry-run")
+    said = capsys.readouterr().out
+    assert "steps       6 of 8 prompts" in said
+    assert "hours on 1 device(s)" in said
+    assert not out.exists()
+    with pytest.raises(InputError, match="global_batch = 8 is not a multiple"):
+        align_run(tmp_path / "run", "--dry-run", "--devices", 3)
+
+
 def test_resuming_between_two_evaluations(align_run: Callable[..., Path], tmp_path: Path) -> None:
     """A checkpoint that is no evaluation step adds no record: the trend is that of an undisturbed run."""
     apart = ["--evaluate-every", 2, "--checkpoint-every", 3, "--reference-cache", tmp_path / "reference"]

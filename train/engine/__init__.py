@@ -2,3 +2,7 @@
 
 Nothing here knows an objective: it is handed in as a function of log-ratios, rewards and mask.
 """
+
+import logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a kernel that is optional, at every start

@@ -201,7 +201,8 @@ def packed(
     if layout is not None and layout.columns is not None:
         if options.get("dropout"):
             raise ValueError("packed attention has no dropout; Checkpoint.load turns it off")
-        out = SplitAttention.apply(query[0], key[0], value[0], options["scaling"], layout.columns)
+        heads = (x[0].to(value.dtype) for x in (query, key, value))  # autocast leaves rotated ones in float32
+        out = SplitAttention.apply(*heads, options["scaling"], layout.columns)
         return out.transpose(0, 1)[None], None
     if layout is not None and layout.blocks is not None:
         return flex_attention_forward(module, query, key, value, layout.blocks, **options)[0], None

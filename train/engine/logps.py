@@ -92,7 +92,10 @@ def _forward(
     stream = {"input_ids": input_ids, **inputs}
     layout = Layout.of(stream, sliding_window(model), how)
     wanted = {"output_router_logits": True} if router_aux_loss else {}
-    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    # Without its cache, which would keep a bfloat16 copy of all trained weights on every device of a sharded run.
+    with torch.autocast(
+        input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False
+    ):  # fmt: skip
         output = model.model(
             input_ids=input_ids, position_ids=inputs["position_ids"], use_cache=False, layout=layout,
             # Any 4-dimensional mask is handed on as it is; the layout takes its place in `attention.packed`.

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.utils import logging as transformers_logging
 
 from data_prep.files import InputError, read_json, sha256_text
 from data_prep.manifest import file_digest
 from train.engine.attention import NAME as ATTENTION_NAME
+from train.engine.experts import EXPERT_LAYERS, separate_experts
 from train.engine.logps import packable
 from train.engine.official import parse_quirks
 from train.engine.recipe import AlignmentRecipe
@@ -89,13 +89,15 @@ class Checkpoint:
 
     def load(
         self, *, dtype: torch.dtype = torch.float32, weights: torch.dtype | None = None,
-        quantized: torch.dtype | None = None, attention: str = "auto", router_aux_loss: bool = False,
-        device_map: Any = None,
+        quantized: torch.dtype | None = None, dequantized: bool = False, attention: str = "auto",
+        router_aux_loss: bool = False, device_map: Any = None,
+        adapt: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
         """The model, without dropout and `packable`, and its tokenizer; InputError if they cannot be read.
 
         dtype: of the forward pass. weights: of the weights, if not `dtype`. quantized: nf4 weights, computing in this
-        dtype. attention, router_aux_loss: see `packable`. device_map: as transformers takes it.
+        dtype. dequantized: not even the base of an adapter that was trained so. attention, router_aux_loss: see
+        `packable`. device_map: as transformers takes it. adapt: puts new adapters on the model.
         Only safetensors are read and no code of the checkpoint is run. An adapter is put on its recorded base, in the
         quantization that it was trained on, and refused on any other.
         """
@@ -104,7 +106,7 @@ class Checkpoint:
         if adapter:
             base, quantization = _recorded_base(Path(self.name))
             name, revision = base.name, base.revision
-            quantized = quantized or quantization
+            quantized = None if dequantized else quantized or quantization
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         loading = {"dtype": weights or dtype, "device_map": device_map}
         if quantized:
@@ -118,14 +120,28 @@ class Checkpoint:
             model = AutoModelForCausalLM.from_pretrained(
                 name, use_safetensors=True, attn_implementation=ATTENTION_NAME, **loading, **options
             )
-            if quantized:
-                _quantize_experts(model)
+            if quantized or (adapter and quantization):  # adapters of a quantized mixture belong to single experts
+                separate_experts(model, quantized)
             if adapter:
                 model = PeftModel.from_pretrained(model, self.name, use_safetensors=True)
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise InputError(f"{self.name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        if adapt is not None:
+            model = adapt(model)
+        for module in model.modules():
+            # Else bitsandbytes repacks weights on a CPU with AVX512-BF16 when they are evaluated, computes in bfloat16
+            # from then on, and gives no gradient any more.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         disable_dropout(model)
         return packable(model, attention, dtype, router_aux_loss), tokenizer
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer alone; InputError if it cannot be read."""
+        try:
+            return AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.name}: no tokenizer ({' '.join(str(error).split())[:300]})") from None
 
 
 def _recorded_base(adapter: Path) -> tuple[Checkpoint, torch.dtype | None]:
@@ -145,50 +161,48 @@ def _recorded_base(adapter: Path) -> tuple[Checkpoint, torch.dtype | None]:
         raise InputError(f"{adapter / BASE_FILE}: not a record of a base; train the adapter again") from None
 
 
-def _quantize_experts(model: PreTrainedModel) -> None:
-    """nf4 for the experts of a mixture, which bitsandbytes leaves as they are: it quantizes modules only."""
-    for module in model.modules():
-        if isinstance(module, MixtralExperts):
-            from bitsandbytes.nn.parametrize import replace_parameter_4bit
-
-            for name in ("gate_up_proj", "down_proj"):
-                replace_parameter_4bit(module, name, quant_type="nf4")
-
-
 def load_policy(
     checkpoint: Checkpoint, recipe: AlignmentRecipe, device: torch.device, *, spread: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The start of a run, pi = mu, as the recipe trains it: all parameters, or adapters on a frozen base. On the
-    CPU until the Trainer moves it, unless its weights are quantized, or `spread` over all devices of the machine."""
+    CPU until the Trainer moves it, or `spread` over all devices of the machine. InputError for a recipe that does
+    not fit the model."""
     computes, full = getattr(torch, recipe.dtype), recipe.tuning == "full"
     quantized = getattr(torch, nf4_compute(recipe)) if recipe.tuning == "qlora" else None
     router = recipe.router_aux_loss == "as_configured"
-    on_device = {"": device} if quantized and device.type == "cuda" else None
-    model, tokenizer = checkpoint.load(
+
+    def adapt(model: PreTrainedModel) -> PreTrainedModel:
+        is_mixture = hasattr(model.config, "num_local_experts")
+        if is_mixture and not recipe.router_aux_loss:
+            raise InputError(
+                f"{checkpoint.name}: a mixture of experts has a load-balancing loss; name it in the recipe "
+                "(router_aux_loss: declined or as_configured)"
+            )
+        if router and not is_mixture:
+            raise InputError(f"{checkpoint.name}: no mixture of experts, so there is no router_aux_loss; leave it out")
+        if full:
+            return model
+        if isinstance(model, PeftModel):
+            raise InputError(
+                f"{checkpoint.name}: an adapter cannot carry adapters; merge it first (python -m train.merge)"
+            )
+        if model.config.model_type not in ADAPTED:
+            known = ", ".join(ADAPTED)
+            raise InputError(f"{checkpoint.name}: adapters are known for {known}, not for {model.config.model_type}")
+        torch.manual_seed(recipe.seed)  # of the adapters' random half; the other half is zero, so that pi = mu
+        targets = ADAPTED[model.config.model_type]
+        if is_mixture and quantized:
+            targets = {"target_modules": [*ATTENTION, *EXPERT_LAYERS]}
+        config = LoraConfig(
+            r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+            **targets,
+        )  # fmt: skip
+        return get_peft_model(model, config)
+
+    return checkpoint.load(
         dtype=computes, weights=torch.float32 if full else computes, quantized=quantized, attention=recipe.attention,
-        router_aux_loss=router, device_map="auto" if spread else on_device,
+        router_aux_loss=router, device_map="auto" if spread else None, adapt=adapt,
     )  # fmt: skip
-    architecture = model.config.model_type
-    is_mixture = hasattr(model.config, "num_local_experts")
-    if is_mixture and not recipe.router_aux_loss:
-        raise InputError(
-            f"{checkpoint.name}: a mixture of experts has a load-balancing loss; name it in the recipe "
-            "(router_aux_loss: declined or as_configured)"
-        )
-    if router and not is_mixture:
-        raise InputError(f"{checkpoint.name}: no mixture of experts, so there is no router_aux_loss; leave it out")
-    if full:
-        return model, tokenizer
-    if isinstance(model, PeftModel):
-        raise InputError(f"{checkpoint.name}: an adapter cannot carry adapters; merge it first (python -m train.merge)")
-    if architecture not in ADAPTED:
-        raise InputError(f"{checkpoint.name}: adapters are known for {', '.join(ADAPTED)}, not for {architecture}")
-    torch.manual_seed(recipe.seed)  # of the adapters' random half; the other half is zero, so that pi = mu
-    config = LoraConfig(
-        r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-        **ADAPTED[architecture],
-    )  # fmt: skip
-    return get_peft_model(model, config), tokenizer
 
 
 def nf4_compute(recipe: AlignmentRecipe) -> str:

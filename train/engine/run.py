@@ -13,15 +13,18 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from data_prep.files import InputError, sha256_text
 from data_prep.manifest import plan
 from data_prep.rows import read_rows
 from train.engine.batches import EpochSampler
 from train.engine.models import Checkpoint, as_reference, load_policy, record_base
+from train.engine.planner import plan_run
 from train.engine.recipe import AlignmentRecipe, Recipe
 from train.engine.reference import ReferenceCache, precision_of, tolerance_of
 from train.engine.rundir import RunDirectory
+from train.engine.sizes import Architecture, RowStatistics
 from train.engine.tokens import Encoder
 from train.engine.trainer import Bookkeeping, RowTrainer, TrendTrainer
 
@@ -39,14 +42,21 @@ def align(method: str, loss: Any, uses: tuple[str, ...]) -> None:
     parser.add_argument("--out", help="run directory; needed unless --dry-run")
     parser.add_argument("--reference-cache", help="directory shared between runs; default: inside the run")
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier run left in --out")
-    parser.add_argument("--report-to", nargs="+", default=[], help="tensorboard, wandb: what the Trainer knows")
+    parser.add_argument("--report-to", nargs="+", default=[], metavar="NAME", help="tensorboard, wandb, ...")
     parser.add_argument("--dry-run", action="store_true", help="print the whole plan: memory, disk, steps, hours")
-    parser.add_argument("--devices", type=int, default=1, help="for --dry-run")
+    parser.add_argument(
+        "--devices", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="how many, for --dry-run"
+    )
     AlignmentRecipe.add_arguments(parser)
     arguments = parser.parse_args()
     recipe = AlignmentRecipe.from_arguments(arguments)
     if arguments.dry_run:
-        raise NotImplementedError
+        architecture = Architecture.of(recipe.model, recipe.model_revision or None)
+        print(plan_run(recipe, method, architecture, RowStatistics.of(recipe.rows, recipe), arguments.devices).show())
+        return
+    absent = set(arguments.report_to) - set(get_available_reporting_integrations())
+    if absent:
+        raise InputError(f"--report-to {' '.join(sorted(absent))}: not installed here; pip install it, or leave it out")
     checkpoint = Checkpoint.of(recipe)
     missing = [name for name in ("rows", "eval_rows") if not getattr(recipe, name)]
     missing += [] if arguments.out else ["out"]
