@@ -58,21 +58,20 @@ def locate(name: str, given: Path | None, data: Path) -> Path:
     if given:
         return given
     remote, known = FILES[name]
-    return fetch(f"{SOURCE}/{remote}", known, data / Path(remote).name, f"--{name.replace('_', '-')}")
+    return fetch(f"{SOURCE}/{remote}", known, data / Path(remote).name)
 
 
-def fetch(url: str, known: str, path: Path, option: str) -> Path:
-    """`path`, downloaded from `url` if it is not there; InputError unless its SHA-256 is `known`. option: by which a
-    command takes another file."""
+def fetch(url: str, known: str, path: Path) -> Path:
+    """`path`, downloaded from `url` if it is not there; InputError unless its SHA-256 is `known`."""
     if not path.exists():
         try:
             with urllib.request.urlopen(url, timeout=60) as reply, atomic_path(path) as temporary:
                 temporary.write_bytes(reply.read())
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
             reason = " ".join(str(getattr(error, "reason", error)).split())
-            raise InputError(f"{url}: no download ({reason}); give the file by {option}") from None
+            raise InputError(f"{url}: no download ({reason}); put the file at {path}") from None
     if sha256_file(path) != known:
-        raise InputError(f"{path}: its SHA-256 is not {known[:12]}...; remove it, or give yours by {option}")
+        raise InputError(f"{path}: its SHA-256 is not {known[:12]}... of {url}; remove it to download it again")
     return path
 
 

@@ -3,7 +3,7 @@
 Run through scripts/table2.sh. Every stage is one command of the project, skipped where it is done already (see
 scripts/reproduce.py). At the tiny scale the questions are the miniature's test prompts, two of a family making one
 question of two turns, and the judge is eval.truth_judge, which is asked like any other judge. Wins against DPO are
-judged as in AlpacaEval 1, with DPO's answers as the reference.
+judged as in AlpacaEval 1, with DPO's answers as the reference; how the paper judged them is not known.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from data_prep.miniature.world import FAMILIES  # noqa: E402
 from data_prep.rows import read_prompts  # noqa: E402
 from eval.fastchat import FILES, fetch, locate  # noqa: E402
 from eval.intervals import paired_difference  # noqa: E402
+from eval.judge import from_arguments  # noqa: E402
 from eval.mt_bench import question_means  # noqa: E402
 from eval.records import METHODS, REGIMES, Score, pool, read_scores  # noqa: E402
 from eval.truth_judge import JUDGE_PROMPTS, TruthJudge  # noqa: E402
@@ -117,6 +118,7 @@ class Setting:
     alpaca: Path
     reference: Path
     judge: dict[str, Any]
+    passes: int = 1  # of the judge over MT-Bench
 
     @property
     def label(self) -> str:
@@ -156,7 +158,7 @@ def stages(setting: Setting, policies: list[Policy], answers: dict[str, Path]) -
         yield stage(
             f"{s.label} MT-Bench of {policy.name}", "eval.mt_bench", [given, manifest(given), *s.files.values()],
             [out / "scores.jsonl", out / "judgements.jsonl"], "judge", answers=given.parent, out=out, **s.files,
-            **common,
+            passes=s.passes, **common,
         )  # fmt: skip
         rivals = {"alpaca_eval_1": s.reference}
         if policy.rival:
@@ -264,7 +266,7 @@ def tiny(arguments: argparse.Namespace) -> None:
         files = {"questions": work / "questions.jsonl", "references": work / "references.jsonl",
                  "judge_prompts": work / "judge_prompts.jsonl"}  # fmt: skip
         answers = {p.name: runs / f"seed-{seed}" / "answers" / p.name / "answers.jsonl" for p in policies[seed]}
-        setting = Setting("tiny", seed, work, files, worlds[seed], answers[MU].parent, asked)
+        setting = Setting("tiny", seed, work, files, worlds[seed], answers[MU].parent, asked, arguments.passes)
         planned += stages(setting, policies[seed], answers)
         if not arguments.dry_run:
             write_tiny_questions(worlds[seed], work)
@@ -294,7 +296,9 @@ def mistral(arguments: argparse.Namespace) -> None:
     folders = {"questions": data / "mt_bench", "references": data / "mt_bench", "judge_prompts": data / "mt_bench"}
     files = {name: folders[name] / Path(FILES[name][0]).name for name in FILES}
     alpaca = data / "alpaca_eval"
-    setting = Setting("mistral-7b", 42, work, files, alpaca / "prompts.jsonl", alpaca / "reference.jsonl", asked)
+    setting = Setting(
+        "mistral-7b", 42, work, files, alpaca / "prompts.jsonl", alpaca / "reference.jsonl", asked, arguments.passes
+    )
     planned = list(stages(setting, policies, {}))
     if arguments.dry_run:
         show_plan(planned, policies, arguments, runs, data)
@@ -306,9 +310,10 @@ def mistral(arguments: argparse.Namespace) -> None:
         if not policy.revision and not Path(policy.source).exists():
             make = f"{train} --model-revision {arguments.model_revision} --runs {shlex.quote(str(runs))} table2"
             raise InputError(f"{policy.source}: no such policy; train it with: {make}")
+    from_arguments(argparse.Namespace(**vars(arguments), concurrency=1), work / "judge.jsonl")  # now, not hours later
     for name in FILES:
         locate(name, None, data / "mt_bench")
-    annotations = fetch(*ALPACA_EVAL, alpaca / "annotations.json", f"a copy at {alpaca / 'annotations.json'}")
+    annotations = fetch(*ALPACA_EVAL, alpaca / "annotations.json")
     write_alpaca_eval(annotations, alpaca)
     run_all(planned, Progress(work / "stages"), arguments.jobs)
     write_table(work, {42: work}, policies)
@@ -338,6 +343,7 @@ def show_plan(
             benchmark = words[words.index("--benchmark") + 1]
         if benchmark:
             calls, (tokens_in, tokens_out) = CALLS[benchmark], TOKENS[benchmark]
+            calls *= arguments.passes if benchmark == "mt_bench" else 1
             total["calls"] += calls
             total["in"] += calls * tokens_in
             total["out"] += calls * tokens_out
@@ -360,6 +366,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan; do nothing")
     parser.add_argument("--seeds", type=int, default=1, help="tiny: how many seeds, from 0 on (default 1)")
     parser.add_argument("--quick", action="store_true", help="tiny: the policies of scripts/reproduce.sh --quick")
+    parser.add_argument("--passes", type=int, default=1, help="judgements of each MT-Bench answer (3 show judge noise)")
     parser.add_argument("--runs", type=Path, help="the policies' folder (runs/tiny, runs/quick, or runs)")
     parser.add_argument("--jobs", type=int, help="stages at a time (default 2; 1 for mistral-7b)")
     paid = parser.add_argument_group("mistral-7b")
@@ -372,8 +379,8 @@ def main() -> None:
     paid.add_argument("--judge-price-out", type=float, default=60.0, metavar="USD", help="for a million written")
     paid.add_argument("--budget", type=float, metavar="USD", help="for each policy and benchmark")
     arguments = parser.parse_args()
-    if arguments.seeds < 1 or (arguments.jobs is not None and arguments.jobs < 1):
-        raise InputError("--seeds and --jobs must be at least 1")
+    if min(arguments.seeds, arguments.passes, 1 if arguments.jobs is None else arguments.jobs) < 1:
+        raise InputError("--seeds, --passes and --jobs must be at least 1")
     arguments.jobs = arguments.jobs or (2 if arguments.scale == "tiny" else 1)
     (tiny if arguments.scale == "tiny" else mistral)(arguments)
 

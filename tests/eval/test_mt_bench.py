@@ -347,8 +347,7 @@ def site(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def test_downloads_are_checked(site, run, monkeypatch, tmp_path) -> None:
-    """A file with the known digest is fetched once; another one, and a dead address, are refused in one line that
-    names the option for a file of one's own."""
+    """A file with the known digest is fetched once; another one, and a dead address, are refused in one line."""
     url, folder = site
     text = json.dumps({"question_id": 1, "category": "math", "turns": ["a", "b"]}).encode()
     (folder / "question.jsonl").write_bytes(text)
@@ -364,5 +363,5 @@ def test_downloads_are_checked(site, run, monkeypatch, tmp_path) -> None:
     (tmp_path / "data" / "question.jsonl").unlink()
     refusal = run(mt_bench.main, *words).refusal
     assert "no download" in refusal
-    assert "--questions" in refusal
+    assert refusal.endswith(f"put the file at {tmp_path}/data/question.jsonl")
     assert not list((tmp_path / "data").iterdir())

@@ -214,17 +214,17 @@ def test_policies_that_are_absent(tmp_path) -> None:
 
 
 def test_plan_of_the_papers_scale(tmp_path) -> None:
-    """--dry-run: each of nine policies answers and is judged by 160 and 805 calls, all but DPO by 805 more; the money
-    is calls by tokens by prices. Nothing is written."""
-    prices = ("--judge-price-in", 10, "--judge-price-out", 20)
+    """--dry-run: each of nine policies answers and is judged by 3 x 160 and 805 calls, all but DPO by 805 more; the
+    money is calls by tokens by prices. Nothing is written."""
+    prices = ("--judge-price-in", 10, "--judge-price-out", 20, "--passes", 3)
     done = plan("--scale", "mistral-7b", "--dry-run", "--runs", tmp_path / "my runs", *prices)
     assert done.returncode == 0, done.stderr
     commands = re.findall(r"^  python -m (\S+)", done.stdout, re.MULTILINE)
     assert {name: commands.count(name) for name in set(commands)} == {
         "eval.generate": 18, "eval.mt_bench": 10, "eval.win_rate": 17,
     }  # fmt: skip
-    calls = 9 * 160 + 9 * 805 + 8 * 805
-    usd = (9 * 160 * (787 * 10 + 196 * 20) + 9 * 805 * (873 * 10 + 40 * 20) + 8 * 805 * (990 * 10 + 40 * 20)) / 1e6
+    calls = 3 * 9 * 160 + 9 * 805 + 8 * 805
+    usd = (3 * 9 * 160 * (787 * 10 + 196 * 20) + 9 * 805 * (873 * 10 + 40 * 20) + 8 * 805 * (990 * 10 + 40 * 20)) / 1e6
     assert f"{calls:,} calls" in done.stdout
     assert f"about {usd:.0f} USD" in done.stdout
     for word in ("H100-hours", "Disk:", "train_mistral7b.sh", "prepare_data.sh", "--dtype bfloat16"):
