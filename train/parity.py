@@ -31,11 +31,11 @@ from scipy.optimize import brentq
 from transformers import AutoConfig
 
 from data_prep.describe import label_entropy
-from data_prep.files import InputError, run_command, write_json, write_text
+from data_prep.files import InputError, read_json, run_command, write_json, write_text
 from data_prep.manifest import ROOT, plan, up_to_date, write_manifest
 from data_prep.rows import Row, read_rows
 from train.dpo import dpo_loss
-from train.engine.models import Checkpoint
+from train.engine.models import BASE_FILE, Checkpoint
 from train.engine.official import TIE_BREAK, alpha_of, parse_quirks, rank_share
 from train.engine.reference import ReferenceCache
 from train.engine.tokens import EncodedRow, Encoder
@@ -47,6 +47,7 @@ CARDS = ROOT / "results" / "paper" / "model_cards.csv"
 MODEL = "HuggingFaceH4/mistral-7b-sft-beta"
 MAX_TOKENS, MAX_PROMPT_TOKENS, BETA, ALPHA = 1024, 512, 0.01, 1e-4  # of the released recipes
 K = {"preference": 2, "reward": 4}
+TEST_PROMPTS = 2000
 ENTROPY = 0.2326  # mean label entropy on the card ChenDRAG/zephyr-infoNCA-reward
 ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 PRECISIONS = ("nf4/float16", "nf4/bfloat16", "bfloat16", "float32")
@@ -175,20 +176,19 @@ def load(checkpoint: Checkpoint, precision: str) -> tuple[Any, Any]:
 
 
 def logps_of(
-    checkpoint: Checkpoint, precision: str, rows: list[Row], quirks: frozenset[str], batch_size: int, directory: Path
-) -> tuple[list[EncodedRow], list[list[float]], dict[str, Any]]:
-    """Encoded rows, the log-probs of their responses, and the facts of encoding. What is in `directory` is kept."""
-    model, tokenizer = load(checkpoint, precision)
-    encoder = Encoder(
-        tokenizer, MAX_PROMPT_TOKENS, MAX_TOKENS, max_tokens=MAX_TOKENS, long_prompts="keep_end", quirks=quirks
-    )
-    encoded = encoder.rows(rows)
+    model: Any, checkpoint: Checkpoint, precision: str, rows: list[EncodedRow], batch_size: int, directory: Path
+) -> list[list[float]]:
+    """The log-probs of each row's responses. They are kept in `directory`, and what is there is not computed again."""
     cache, found = ReferenceCache(directory, checkpoint, precision), {}
-    for start in range(0, len(encoded), SLICE):
-        found |= cache.logps(model, encoded[start : start + SLICE], batch_size)
-    del model
-    gc.collect()  # it refers to itself, and a second one comes
-    return encoded, [found[row.id] for row in encoded], encoder.facts()
+    for start in range(0, len(rows), SLICE):
+        found |= cache.logps(model, rows[start : start + SLICE], batch_size)
+    return [found[row.id] for row in rows]
+
+
+def check_base(policy: Path, reference: Checkpoint) -> None:
+    """InputError where `policy` is an adapter of another model than `reference`."""
+    if (policy / BASE_FILE).exists() and read_json(policy / BASE_FILE).get("digest") != reference.digest:
+        raise InputError(f"{policy}: an adapter of another model than {reference.name}; name its base as --model")
 
 
 def at_hand(checkpoint: Checkpoint) -> bool:
@@ -242,6 +242,8 @@ def main() -> None:
 
     checkpoint = Checkpoint(arguments.model, arguments.model_revision)
     policy = Checkpoint(str(arguments.policy)) if arguments.policy else None
+    if policy:
+        check_base(arguments.policy, checkpoint)
     settings = {
         "expected": expected, "method": arguments.method, "alpha": alpha, "model": checkpoint.digest,
         "policy": policy.digest if policy else None, "precision": precision, "quirks": sorted(quirks),
@@ -256,20 +258,32 @@ def main() -> None:
                     f"{path}: row {row.id!r} has K = {len(row.rewards)}, the {expected} cards have {K[expected]}; "
                     "give another --rows or --expected"
                 )
-        encoded, ref_logps, facts = logps_of(checkpoint, precision, rows, quirks, arguments.batch_size, out / "logps")
-        logps = logps_of(policy, precision, rows, quirks, arguments.batch_size, out / "logps")[1] if policy else None
-        devices = devices if "rank0_metrics" in quirks else 0
-        shares = [rank_share(len(rows), rank, devices) for rank in range(min(devices, len(rows)))]
-        table, data = compare(metrics(encoded, ref_logps, logps, expected, arguments.method, alpha), published, shares)
+        model, tokenizer = load(checkpoint, precision)
+        encoder = Encoder(
+            tokenizer, MAX_PROMPT_TOKENS, MAX_TOKENS, max_tokens=MAX_TOKENS, long_prompts="keep_end", quirks=quirks
+        )
+        encoded = encoder.rows(rows)
+        ref_logps = logps_of(model, checkpoint, precision, encoded, arguments.batch_size, out / "logps")
+        del model
+        gc.collect()  # it refers to itself, and a second one may come
+        logps = None
+        if policy:
+            logps = logps_of(
+                load(policy, precision)[0], policy, precision, encoded, arguments.batch_size, out / "logps"
+            )
+        measured = metrics(encoded, ref_logps, logps, expected, arguments.method, alpha)
+        devices = min(devices, len(rows)) if "rank0_metrics" in quirks else 0
+        shares = [rank_share(len(rows), rank, devices) for rank in range(devices)]
+        table, data = compare(measured, published, shares)
         labels, label_data = label_report(rows) if expected == "reward" else ([], {})
         lines = [f"{card}: {len(rows)} rows of {path.name}, {precision}, quirks: {', '.join(sorted(quirks)) or 'none'}"]
-        if len(rows) != published.get("eval_prompts", 2000):
-            lines.append(f"The cards are of 2000 rows, these are {len(rows)}: no parity is to be expected.")
-        lines += ["", *table, "", *labels]
+        if len(rows) != TEST_PROMPTS:
+            lines.append(f"The cards are of {TEST_PROMPTS} rows, these are {len(rows)}: no parity is to be expected.")
+        lines += ["", *table, *(["", *labels] if labels else [])]
         lines += [] if policy else ["", f"policy: not run (no --policy); {card} has its figures for one"]
-        write_text(out / "report.md", "\n".join(lines).rstrip() + "\n")
+        write_text(out / "report.md", "\n".join(lines) + "\n")
         write_json(out / "parity.json", {"card": card, "metrics": data, "labels": label_data})
-        write_manifest(out, planned, outputs=["report.md", "parity.json"], facts={"rows": facts})
+        write_manifest(out, planned, outputs=["report.md", "parity.json"], facts={"rows": encoder.facts()})
     print((out / "report.md").read_text(encoding="utf-8"), end="")
 
 
@@ -281,12 +295,12 @@ def explain(path: Path, expected: str, no_model: str, published: Mapping[str, fl
         print(f"labels: not run: {path} is absent")
     print("reference: not run")
     if not path.exists():
-        print(f"  {path} is absent: the released test set of 2,000 prompts. Where the Hub is reachable:")
+        print(f"  {path} is absent: the released test set of {TEST_PROMPTS:,} prompts. Where the Hub is reachable:")
         print(f"  python -m data_prep.ultrafeedback --released {expected} --out data/released-{expected}")
     if no_model:
         print(f"  {no_model}")
     print(f"  would encode it ({MAX_TOKENS} tokens, of which {MAX_PROMPT_TOKENS} for the prompt), take log mu(y|x) of "
-          f"{2000 * K[expected]:,} responses in one forward pass each, and put the means beside:")  # fmt: skip
+          f"{TEST_PROMPTS * K[expected]:,} responses in one forward pass each, and put the means beside:")  # fmt: skip
     for name, value in published.items():
         if name.startswith("ref"):
             print(f"    {name:24} {value:.4f}")

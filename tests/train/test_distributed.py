@@ -1,5 +1,6 @@
 """Two processes against one: the same global batch, the same records, the same weights."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,3 +138,35 @@ def test_two_processes_continue_where_they_were_interrupted(
     for name in ("policy/model.safetensors", "trend.jsonl"):
         assert (out / name).read_bytes() == (twice / name).read_bytes()
     assert not damaged.exists()
+
+
+def test_zero3_ends_as_one_process(
+    arguments: Callable[..., list[str]], align_run: Callable[..., Path], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The launch file deepspeed_zero3.yaml, on a CPU, two processes: parameters, losses, trend and gathered weights."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an optional extra (pip install deepspeed)")
+    cache = tmp_path / "reference"
+    words = ["--kl-prompts", 0, "--reference-cache", cache]
+    one, two = align_run(tmp_path / "one", *words), tmp_path / "two"
+    config = tmp_path / "zero3.yaml"
+    launch_file = (ROOT / "train" / "launch" / "deepspeed_zero3.yaml").read_text()
+    config.write_text(launch_file.replace("use_cpu: false", "use_cpu: true"))
+    launcher = ["accelerate", "launch", "--config_file", str(config), "--num_processes", "2", "-m", "train.nca"]
+    found = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([environment["PYTHONPATH"], *sys.path[1:]])}
+    done = subprocess.run(
+        [*launcher, *arguments(two, *words)], cwd=ROOT, env={**environment, **found},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = [read_manifest(run)["identity"]["facts"] for run in (one, two)]
+    assert facts[0]["model"] == facts[1]["model"]
+    assert [fact["processes"] for fact in facts] == [1, 2]
+    for name in ("log.jsonl", "trend.jsonl"):
+        found = [[record for _, record in read_jsonl(run / name)] for run in (one, two)]
+        for ours, theirs in zip(*found, strict=True):
+            keys = [key for key in ours if key in ("loss", "grad_norm", "chosen", "rejected")]
+            expected = [number for key in keys for number in flat(theirs[key])]
+            assert [number for key in keys for number in flat(ours[key])] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    weights = [load_file(run / "policy" / "model.safetensors") for run in (one, two)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-5)

@@ -2,22 +2,26 @@
 against a plain computation of the released kind."""
 
 import copy
+import gzip
+import json
 import math
+import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from released import released_logps, released_sequences, zephyr_tokenizer
+from released import TEMPLATE, released_logps, released_sequences, zephyr_tokenizer
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import MistralForCausalLM, PreTrainedTokenizerFast
 
 from data_prep.files import InputError
 from data_prep.rows import Row
 from train.engine.logps import logps_of_rows, packable
-from train.engine.models import new_mistral, nf4_compute
+from train.engine.models import new_mistral, new_tokenizer, nf4_compute
 from train.engine.official import QUIRKS, alpha_of, break_tie, cut_jointly, parse_quirks, rank_share
 from train.engine.tokens import Encoder
 from train.infonca import infonca_loss
@@ -253,3 +257,26 @@ def test_all_quirks_together_are_the_released_computation(
     # The mask matters: with EOS attended to, most log-probs are others.
     attended = [released_logps(model, [(ids, [1] * len(ids), labels) for ids, _, labels in s]) for s in plain]
     assert sum(abs(a - b) > 1e-2 for x, y in zip(found, attended, strict=True) for a, b in zip(x, y, strict=True)) > 20
+
+
+def test_real_pairs_have_the_released_ids() -> None:
+    """Real UltraFeedback pairs at the released limits, long ones among them: the ids of the plain collator."""
+    data = Path(os.environ.get("NCA_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+    path = data / "ultrafeedback_binarized_sample" / "train_clean.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"{path} is absent; set NCA_TEST_DATA to the folder of real data")
+    records = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().split("\n") if line.strip()]
+    records = [record for record in records if record["chosen"].strip() and record["rejected"].strip()][:120]
+    rows = [
+        Row(str(i), [{"role": "user", "content": record["prompt"]}], [record["chosen"], record["rejected"]],
+            [1.0, 0.0], "test")
+        for i, record in enumerate(records)
+    ]  # fmt: skip
+    tokenizer = new_tokenizer((text for row in rows for text in row.responses), 1000)
+    tokenizer.chat_template = TEMPLATE
+    used = encoder(tokenizer, "official", 512, 1024)
+    for row, encoded in zip(rows, used.rows(rows), strict=True):
+        wholes = [ids for ids, _, _ in released_sequences(tokenizer, row, 1024, 512)]
+        assert [encoded.prompt_ids + ids for ids in encoded.response_ids] == wholes
+    assert used.counts["prompts_cut"] > 3
+    assert used.counts["responses_cut"] > 10

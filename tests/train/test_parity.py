@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from released import released_logps, released_sequences, zephyr_tokenizer
 from transformers import AutoModelForCausalLM
 
+from data_prep.files import InputError, write_json
+from data_prep.manifest import file_digest
 from data_prep.rows import Row, write_rows
 from train import parity
 from train.engine.models import new_mistral
@@ -235,6 +238,30 @@ def test_a_policy_is_put_beside_its_card(
         assert found["logps_chosen"] == pytest.approx(pi[:, 0].mean(), abs=1e-3)
         assert found["loss"] == pytest.approx(losses[method].mean(), abs=1e-4)
         assert f"| r_chosen | {card} | " in said
+
+
+def test_an_adapter_is_measured_on_its_own_base_only(
+    run: Callable[..., str], make_rows: Callable, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """An adapter's log-probs are those of its merged model; beside another reference it is refused."""
+    path, rows = make_rows(6, 2)
+    base = AutoModelForCausalLM.from_pretrained(models["mu"], attn_implementation="eager")
+    policy = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    adapter = tmp_path / "adapter"
+    policy.save_pretrained(adapter)
+    zephyr_tokenizer().save_pretrained(adapter)
+    record = {"name": str(models["mu"]), "revision": None, "digest": file_digest(models["mu"]), "quantized": None}
+    write_json(adapter / "base.json", record)
+    sequences = [released_sequences(zephyr_tokenizer(), row, 1024, 512) for row in rows]
+    merged = policy.merge_and_unload().eval()
+    truth = numpy.array([released_logps(merged, s) for s in sequences])
+    words = ["--rows", path, "--policy", adapter, "--precision", "float32", "--out", tmp_path / "out"]
+    run(*words, "--model", models["mu"])
+    found = {line["metric"]: line["mean"] for line in json.loads((tmp_path / "out/parity.json").read_text())["metrics"]}
+    assert found["logps_chosen"] == pytest.approx(truth[:, 0].mean(), abs=1e-3)
+    assert abs(found["logps_chosen"] - found["ref_logps_chosen"]) > 0.1
+    with pytest.raises(InputError, match="an adapter of another model"):
+        run(*words, "--model", models["pi"])
 
 
 def test_rows_of_another_k_are_refused(make_rows: Callable, models: dict[str, Path]) -> None:

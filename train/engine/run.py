@@ -117,7 +117,8 @@ def align(method: str, loss: Any, uses: tuple[str, ...]) -> None:
         batch_size=recipe.micro_batch, start_tolerance=tolerance_of(precision_of(recipe)),
     )  # fmt: skip
     train(trainer, run, recipe)
-    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # all processes take part
+    # All processes take part; DeepSpeed gathers through its engine.
+    weights = trainer.accelerator.get_state_dict(trainer.deepspeed or trainer.model) if sharded else None
     if not trainer.is_world_process_zero():
         return
     steps = trainer.state.global_step
@@ -176,14 +177,18 @@ def model_facts(policy: PreTrainedModel, trainer: RowTrainer) -> dict[str, Any]:
     return {
         "model": {
             "architecture": type(policy).__name__,
-            "parameters": sum(p.numel() for p in policy.parameters()),
-            "trainable": sum(p.numel() for p in policy.parameters() if p.requires_grad),
+            "parameters": sum(map(_size, policy.parameters())),
+            "trainable": sum(_size(p) for p in policy.parameters() if p.requires_grad),
             "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
             "attention_dropout": getattr(policy.config, "attention_dropout", None),
         },
         "processes": settings.world_size,
         "global_batch": settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size,
     }
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves each process a part
 
 
 def device_name(trainer: RowTrainer) -> str:

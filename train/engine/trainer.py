@@ -172,7 +172,7 @@ class TrendTrainer(RowTrainer):
                 seed=KL_SEED + number,
             )  # fmt: skip
             drawn = [
-                EncodedRow(rows[i].id, prompt, [ids], [0.0])
+                EncodedRow(rows[i].id, prompt, [ids], [0.0], rows[i].unattended)
                 for i, prompt, ids in zip(batches[number], prompts, responses, strict=True)
             ]
             policy = logps_of_rows(model, drawn, self._batch_size)
