@@ -34,12 +34,18 @@ def after_answer_is(response: str) -> str | None:
 
 
 def equivalent(found: str | None, gold: str) -> bool:
-    """Whether two answers are the same after Minerva's normalisation, or by sympy."""
+    """Whether two answers are the same: after Minerva's normalisation by sympy, or by math-verify."""
     if found is None:
         return False
     if gold == "None":  # GSM-Plus: a question that lacks what is needed to answer it
         return re.sub(r"\\text\{(.*)\}", r"\1", found).strip().casefold() == "none"
-    return minerva.is_equiv(minerva.normalize_final_answer(found), minerva.normalize_final_answer(gold))
+    return minerva.is_equiv(_normalised(found), _normalised(gold)) or verified(f"\\boxed{{{found}}}", gold)
+
+
+def _normalised(answer: str) -> str:
+    """By Minerva's rules, but for equations: of those they keep the right side, and all `... = 0` would be equal."""
+    left, equals, _ = answer.partition("=")
+    return answer.replace(" ", "") if equals and len(left.strip()) > 1 else minerva.normalize_final_answer(answer)
 
 
 def verified(response: str, gold: str) -> bool:
