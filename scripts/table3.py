@@ -65,13 +65,13 @@ def tiny_stages(seed: int, runs: Path, out: Path) -> Iterator[Stage]:
         yield stage(
             f"{label} reasoning of {name}", "eval.reasoning", [policy, questions],
             [folder / "reasoning" / file for file in ("scores.jsonl", "samples.jsonl")],
-            policy=policy, name=name, tasks="arithmetic", data=data, seed=seed, batch=64, out=folder / "reasoning",
+            "--name", name, policy=policy, tasks="arithmetic", data=data, seed=seed, batch=64, out=folder / "reasoning",
         )  # fmt: skip
         yield stage(
             f"{label} code of {name}", "eval.code", [answers[name], manifest(answers[name]), problems],
             [folder / "code" / "scores.jsonl"],
-            answers=answers[name].parent, problems=problems, benchmark="functions", name=name, seed=seed, parallel=1,
-            out=folder / "code",
+            "--name", name, answers=answers[name].parent, problems=problems, benchmark="functions", seed=seed,
+            parallel=1, out=folder / "code",
         )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def paper_stages(scale: str, policies: dict[str, tuple[str, str | None]], data: 
         yield stage(
             f"reasoning of {name}", "eval.reasoning", source,
             [folder / "reasoning" / file for file in ("scores.jsonl", "samples.jsonl")],
-            **model, name=name, tasks=",".join(REASONING), data=data, scale=scale, out=folder / "reasoning",
+            "--name", name, **model, tasks=",".join(REASONING), data=data, scale=scale, out=folder / "reasoning",
         )  # fmt: skip
         for benchmark, file in CODE.items():
             problems, prompts = Path(data, "code", file), out / "prompts" / f"{benchmark}.jsonl"
@@ -104,7 +104,7 @@ def paper_stages(scale: str, policies: dict[str, tuple[str, str | None]], data: 
             yield stage(
                 f"code of {name}, {benchmark}", "eval.code", [answers, manifest(answers), problems],
                 [folder / benchmark / "scores.jsonl"],
-                answers=answers.parent, problems=problems, benchmark=benchmark, name=name, scale=scale,
+                "--name", name, answers=answers.parent, problems=problems, benchmark=benchmark, scale=scale,
                 out=folder / benchmark,
             )  # fmt: skip
 
