@@ -85,13 +85,17 @@ def number(text: str) -> float | None:
         return plain if math.isfinite(plain) else None
     except ValueError:
         pass
+    if text.endswith("%"):
+        share = number(text.rstrip("\\% "))
+        return None if share is None else share / 100
     for parsed in math_verify.parse(f"\\boxed{{{text}}}"):
         try:
             value = float(parsed.evalf())
         except (AttributeError, TypeError, ValueError, OverflowError):
             continue
         return value if math.isfinite(value) else None
-    return None
+    before_unit = re.fullmatch(r"([-+]?\d+(?:\.\d+)?)\s+[a-zA-Z][^\d]*", text)
+    return float(before_unit.group(1)) if before_unit else None
 
 
 def theorem_equal(found: str | None, gold: str, kind: str) -> bool:

