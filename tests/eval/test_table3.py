@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def table3(monkeypatch):
     """The script as a module."""
     monkeypatch.chdir(ROOT)
-    path = list(sys.path)
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # for the processes that it starts
     spec = importlib.util.spec_from_file_location("table3", ROOT / "scripts" / "table3.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "path", path)
     return module
 
 
