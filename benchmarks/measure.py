@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from benchmarks.workload import (
     new_model,
     padded_over_unique,
 )  # fmt: skip
-from data_prep.files import InputError, read_json, run_command, write_json
+from data_prep.files import InputError, read_json, run_command, sha256_tree, write_json
 from data_prep.manifest import ROOT, plan, up_to_date, write_manifest
 from train.engine.logps import packable
 from train.engine.tokens import EncodedRow
@@ -214,9 +215,11 @@ def main() -> None:
         raise InputError("--device cuda: no CUDA device here; leave it out for the part that runs on the CPU")
     settings = {
         "quick": options.quick, "tiny": options.tiny, "device": options.device, "threads": torch.get_num_threads(),
-        "cpu": report.cpu_model(),
+        "cpu": report.cpu_model(), "trl": metadata.version("trl"),
     }  # fmt: skip
-    planned = plan("benchmarks.measure", settings, {})
+    # `plan` follows the imports of stages; the benchmark is none, so its own files count by themselves.
+    settings["benchmark_code"] = sha256_tree(Path(__file__).parent.glob("*.py"), ROOT)
+    planned = plan("train.nca", settings, {}) | {"module": "benchmarks.measure"}
     if up_to_date(options.out, planned):
         print(f"{options.out}: up to date")
         return

@@ -116,7 +116,8 @@ def markdown(parts: Measures, settings: Measures) -> str:
     lines = [
         "# Speed and memory", "",
         f"`{command_line()}` on {settings['cpu']}, {settings['threads']} thread(s); "
-        + ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "transformers", "peft")) + ". "
+        + ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "transformers", "peft"))
+        + f", trl {settings['trl']}. "
         "Mistral's proportions, 8 layers of width 512, vocabulary 32,000, LoRA r 16 on all projections, NCA, "
         "one prompt a micro-batch; forward and backward pass without the optimizer's update. Steps alternate in one "
         "process; ratios are of summed CPU time (of wall time in brackets), with the least and greatest of a single "

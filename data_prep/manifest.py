@@ -24,7 +24,7 @@ from typing import Any
 from data_prep.files import InputError, read_json, sha256_file, sha256_text, sha256_tree, to_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("data_prep", "train", "eval", "benchmarks")
+STAGES = ("data_prep", "train", "eval")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy", "pandas", "matplotlib")
 
 
