@@ -121,7 +121,7 @@ def markdown(parts: Measures, settings: Measures) -> str:
         "Mistral's proportions, 8 layers of width 512, vocabulary 32,000, LoRA r 16 on all projections, NCA, "
         "one prompt a micro-batch; forward and backward pass without the optimizer's update. Steps alternate in one "
         "process; ratios are of summed CPU time (of wall time in brackets), with the least and greatest of a single "
-        "row. Losses and gradients of every float32 row were equal before its time counted.", "",
+        "row. Losses and gradients of each float32 row were compared, and agreed.", "",
     ]  # fmt: skip
     if settings["tiny"]:
         lines += ["**Tiny models: this shows that the benchmark runs, and measures nothing.**", ""]
