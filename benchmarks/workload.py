@@ -36,7 +36,7 @@ class Lengths:
 
 
 # The targets were stated for 1.66 padded tokens for a unique one at UltraFeedback's lengths, 2.50 with long prompts and
-# 1.66 with short ones; responses are as long, and spread as much, as gives these. The last regime keeps UltraFeedback's.
+# 1.66 with short ones; responses are as long, and spread as much, as gives these. The last has UltraFeedback's.
 ULTRAFEEDBACK = Lengths(120, prompt_spread=0.6)
 REGIMES = {
     "UltraFeedback-like": ULTRAFEEDBACK,
