@@ -246,24 +246,25 @@ def documents(root: Path, records: Records) -> list[dict[str, Any]]:
     return found
 
 
-def read_registry(path: Path) -> list[dict[str, str]]:
-    """The tables and figures of results/registry.yaml: name, title, status, script and the whole entry; empty where
-    there is none."""
+def read_registry(path: Path, scale: str) -> list[dict[str, Any]]:
+    """The tables and figures of results/registry.yaml, with the status at this scale and the whole entry as text;
+    empty where there is no registry. eval.registry checks it, this only shows it."""
     if not path.exists():
         return []
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if isinstance(entries, dict) and len(entries) == 1:  # all under one key
-        entries = next(iter(entries.values()))
-    pairs = entries.items() if isinstance(entries, dict) else enumerate(entries or [], start=1)
     found = []
-    for key, entry in pairs:
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
         if isinstance(entry, dict):
-            texts = {name: str(entry.get(name, "-")) for name in ("title", "status", "script")}
-            whole = yaml.safe_dump(entry, sort_keys=False, allow_unicode=True)
-            found.append({"name": str(entry.get("name", key)), **texts, "whole": whole})
+            status = entry.get("status")
+            whole = yaml.safe_dump(entry, sort_keys=False, allow_unicode=True, width=100)
+            found.append({
+                "name": name, "of": entry.get("of", "-"), "title": entry.get("title", "-"),
+                "status": status.get(scale, "-") if isinstance(status, dict) else status or "-",
+                "command": entry.get("command") or "-", "whole": whole,
+            })  # fmt: skip
     return found
 
 
@@ -292,7 +293,7 @@ def page(root: Path, scale: str, records: Records) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template("report.html").render(
-        scale=scale, documents=documents(root, records), registry=read_registry(root.parent / "registry.yaml"),
+        scale=scale, documents=documents(root, records), registry=read_registry(root.parent / "registry.yaml", scale),
         digests=digests(root), data=Markup(embedded), script=Markup(script), counts=len(records.scores),
         seeds=sorted({score["seed"] for score in records.scores} | {run["seed"] for run in records.trend}),
         style=Markup((PAGE / "report.css").read_text(encoding="utf-8")),

@@ -290,12 +290,23 @@ def test_same_records_same_bytes(build, tmp_path) -> None:
     assert build(folder).read_bytes() != first
 
 
-@pytest.mark.parametrize("registry", ["[]", "", "tables:\n- {name: table2, status: measured, script: scripts/x.sh}\n"])
-def test_any_registry(registry, build, tmp_path) -> None:
-    """Without a registry, with an empty one and with a list, there is a page; what it lists is shown."""
+def test_registry_is_shown(build, tmp_path) -> None:
+    """Without a registry, with an empty one and with entries there is a page; each entry has its status at the scale
+    of the records, and its expected values are there."""
     folder = write_results(tmp_path / "tiny", seeds=[0])
-    (tmp_path / "registry.yaml").write_text(registry)
-    assert ("scripts/x.sh" in build(folder).read_text()) == ("x.sh" in registry)
+    assert 'id="registry"' not in build(folder).read_text()
+    (tmp_path / "registry.yaml").write_text("")
+    assert 'id="registry"' not in build(folder).read_text()
+    entries = {
+        "table2": {"of": "Table 2", "title": "T", "command": "bash scripts/reproduce.sh",
+                   "expected": [{"file": "a.csv"}], "status": {"tiny": "partial: no judge", "mistral-7b": "not run: money"}},
+        "figure1": {"of": "Figure 1", "title": "D", "expected": [], "status": {"mistral-7b": "not run: a diagram"}},
+    }  # fmt: skip
+    (tmp_path / "registry.yaml").write_text(yaml.safe_dump(entries))
+    html = build(folder).read_text()
+    assert "<td>partial: no judge</td><td><code>bash scripts/reproduce.sh</code></td>" in html
+    assert "- file: a.csv" in html
+    assert "<td>not run: money</td>" not in html
 
 
 @pytest.mark.parametrize("damage", ["no folder", "empty", "scales", "line", "trend", "registry"])
