@@ -175,10 +175,12 @@ def trend_lines(values: dict[int, tuple[float, float]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def write_run(folder: Path, method: str, recipe: str, seed: int, values: dict[int, tuple[float, float]]) -> Path:
+def write_run(
+    folder: Path, method: str, recipe: str, seed: int, values: dict[int, tuple[float, float]], beta: float = 0.5
+) -> Path:
     folder.mkdir(parents=True)
     write_lines(folder / "trend.jsonl", trend_lines(values))
-    settings = {"method": method, "recipe_name": recipe, "recipe": {"seed": seed}}
+    settings = {"method": method, "recipe_name": recipe, "recipe": {"seed": seed, "beta": beta}}
     (folder / "plan.json").write_text(json.dumps({"settings": settings}))
     return folder
 
@@ -234,6 +236,24 @@ def test_training_batches_are_said_to_be_such(run, tmp_path) -> None:
     assert "<!-- step -->" in (tmp_path / "figure.svg").read_text()
 
 
+def test_released_code_s_logs(run, tmp_path) -> None:
+    """The paper's released trainer for K = 4 logs rewards/A0 to A3: A0 is chosen, the mean of the others rejected, so
+    that chosen - rejected is the margin that it logs as well."""
+    (tmp_path / "theirs").mkdir()
+    entry = {
+        "step": 5,
+        "eval_rewards/A0": 0.5,
+        "eval_rewards/A1": 0.25,
+        "eval_rewards/A2": -1.0,
+        "eval_rewards/A3": -3.0,
+    }
+    state = {"log_history": [entry, {**entry, "step": 10, "eval_rewards/A0": 1.0}], "max_steps": 10}
+    (tmp_path / "theirs" / "trainer_state.json").write_text(json.dumps(state))
+    assert run(figures.main, "trend", tmp_path / "theirs", "--out", tmp_path / "figure").code == 0
+    found = [(float(row["chosen"]), float(row["rejected"])) for row in rows_of(tmp_path / "figure.csv")]
+    assert found == [(0.5, -1.25), (1.0, -1.25)]
+
+
 def test_a_figure_reads_its_own_data(run, tmp_path) -> None:
     """The CSV of a figure of runs is a source again, with the same numbers."""
     folder = write_results(tmp_path / "results")
@@ -253,6 +273,10 @@ def test_two_runs_of_one_name_are_told_apart(run, tmp_path) -> None:
     one, two = (write_run(tmp_path / n, "nca", "hard", 0, v) for n, v in (("beta-1", VALUES), ("beta-2", HALF)))
     assert run(figures.main, "trend", one, two, "--out", tmp_path / "figure").code == 0
     assert {row["method"] for row in rows_of(tmp_path / "figure.csv")} == {f"NCA, hard ({path})" for path in (one, two)}
+    # Another seed does not make it a seed of the other: the settings differ.
+    three = write_run(tmp_path / "beta-3", "nca", "hard", 1, HALF, beta=0.1)
+    assert run(figures.main, "trend", one, three, "--out", tmp_path / "figure").code == 0
+    assert len({row["method"] for row in rows_of(tmp_path / "figure.csv")}) == 2
     assert "named twice" in run(figures.main, "trend", one, one, "--out", tmp_path / "other").refusal
 
 

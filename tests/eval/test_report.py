@@ -299,7 +299,8 @@ def test_registry_is_shown(build, tmp_path) -> None:
     assert 'id="registry"' not in build(folder).read_text()
     entries = {
         "table2": {"of": "Table 2", "title": "T", "command": "bash scripts/reproduce.sh",
-                   "expected": [{"file": "a.csv"}], "status": {"tiny": "partial: no judge", "mistral-7b": "not run: money"}},
+                   "expected": [{"file": "a.csv"}],
+                   "status": {"tiny": "partial: no judge", "mistral-7b": "not run: money"}},
         "figure1": {"of": "Figure 1", "title": "D", "expected": [], "status": {"mistral-7b": "not run: a diagram"}},
     }  # fmt: skip
     (tmp_path / "registry.yaml").write_text(yaml.safe_dump(entries))
