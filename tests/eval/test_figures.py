@@ -11,7 +11,9 @@ import matplotlib.image
 import numpy
 import pandas
 import pytest
+from datasets import Dataset
 from synthetic import METHODS, REGIMES, STEPS, number, student, write_lines, write_results
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import curves, drawing, figures, points
 
@@ -226,6 +228,29 @@ def test_any_runs_beside_each_other(run, tmp_path) -> None:
     assert (tmp_path / "figure.v2.png").stat().st_size > 10_000
 
 
+def test_a_run_of_trl(run, policies, tmp_path) -> None:
+    """A real DPO run of TRL: its directory is a source, and the figure has the rewards that TRL logged on held-out
+    rows, from the last checkpoint."""
+    trl = pytest.importorskip("trl")
+    pairs = Dataset.from_list([{"prompt": "How many pens", "chosen": " are left?", "rejected": " small"}] * 8)
+    settings = trl.DPOConfig(
+        output_dir=str(tmp_path / "theirs"), per_device_train_batch_size=4, max_steps=4, logging_steps=1, save_steps=2,
+        eval_strategy="steps", eval_steps=2, learning_rate=1e-3, report_to=[], use_cpu=True, bf16=False,
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(policies[0]), args=settings, train_dataset=pairs, eval_dataset=pairs,
+        processing_class=AutoTokenizer.from_pretrained(policies[0]),
+    )  # fmt: skip
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_rewards/chosen" in entry]
+    assert run(figures.main, "trend", tmp_path / "theirs", "--out", tmp_path / "figure").code == 0
+    found = [[float(row[key]) for key in ("step", *curves.SIDES)] for row in rows_of(tmp_path / "figure.csv")]
+    expected = [[entry[key] for key in ("step", "eval_rewards/chosen", "eval_rewards/rejected")] for entry in logged]
+    assert numpy.array(found) == pytest.approx(numpy.array(expected), abs=1e-6)
+    assert [point[0] for point in found] == [2, 4]
+    assert found[-1][1] != 0
+
+
 def test_training_batches_are_said_to_be_such(run, tmp_path) -> None:
     """A Trainer without held-out logs gives those of its training batches, and the figure says so."""
     (tmp_path / "theirs").mkdir()
@@ -292,7 +317,7 @@ def test_two_runs_of_one_name_are_told_apart(run, tmp_path) -> None:
         (
             "trainer_state.json",
             '{"log_history": [{"step": 1, "rewards/chosen": "a", "rewards/rejected": 1}]}',
-            "number",
+            "convert",
         ),
         ("trend.jsonl", '{"step": 1}\n', "trend.jsonl:1"),
         ("trend.jsonl", "", "no records"),
