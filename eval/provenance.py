@@ -6,6 +6,7 @@ number of the record among all of a scale's folders.
 
 import csv
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,18 +166,23 @@ def claim_links(trace: Callable[[Callable[[Results], Any]], list[str]]) -> Links
 
 
 def csv_links(rows: list[dict[str, str]], folder: str, records: Records) -> Links:
-    """References of a table whose CSV has the same rows, in the same order, with `policy` and `manifests`."""
+    """References of a table whose CSV has the same rows, in the same order, with `policy`, `manifests` and `ours`: the
+    records of that policy and those manifests whose mean is that number (or a hundredth of it), else the manifests."""
 
     def find(heading: str, number: int, row: dict[str, str], column: str) -> list[str]:
         if column != "ours" or number >= len(rows):
             return []
-        found = rows[number]
-        named = set((found.get("manifests") or "").split())
-        wanted = [
-            f"s{i}"
-            for i, score in enumerate(records.scores)
-            if score["folder"] == folder and score["policy"] == found.get("policy") and score["manifest"] in named
-        ]
-        return wanted or [f"m{name}" for name in sorted(named)]
+        policy, ours = rows[number].get("policy"), rows[number].get("ours")
+        named = set((rows[number].get("manifests") or "").split())
+        groups: dict[tuple[str, ...], list[int]] = {}  # a manifest can have several benchmarks
+        for i, score in enumerate(records.scores):
+            if score["folder"] == folder and score["policy"] == policy and score["manifest"] in named:
+                groups.setdefault((score["benchmark"], score["metric"], score["decoding"]), []).append(i)
+        found = []
+        for members in groups.values() if ours else ():
+            mean = math.fsum(records.scores[i]["value"] for i in members) / len(members)
+            if any(math.isclose(factor * mean, float(ours), abs_tol=1e-5) for factor in (1, 100)):
+                found += [f"s{i}" for i in members]
+        return found or [f"m{name}" for name in sorted(named)]
 
     return find
