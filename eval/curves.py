@@ -81,14 +81,19 @@ def rank_curves(records: list[dict[str, Any]], quantity: str) -> dict[tuple[str,
 
 
 def _over_seeds(series: Iterator[tuple[str, str, str, int, int, float]]) -> dict[tuple[str, str, str], Curve]:
-    seeds: dict[tuple[str, str, str], dict[int, list[tuple[int, float]]]] = {}
+    seeds: dict[tuple[str, str, str], dict[int, dict[int, float]]] = {}
     for *key, seed, step, value in series:
-        seeds.setdefault(tuple(key), {}).setdefault(seed, []).append((step, value))
+        points = seeds.setdefault(tuple(key), {}).setdefault(seed, {})
+        if step in points:
+            raise InputError(
+                f"two runs of {key[1]}, {key[0]}, seed {seed}: their curves would be mixed; name one of them"
+            )
+        points[step] = value
     found = {}
     for key, of_seed in seeds.items():
         lines = []
         for seed in sorted(of_seed):
-            steps, values = numpy.array(sorted(of_seed[seed])).T
+            steps, values = numpy.array(sorted(of_seed[seed].items())).T
             lines.append((steps / max(steps[-1], 1), values))
         found[key] = pooled(lines)
     return found

@@ -167,12 +167,16 @@ def claim_links(trace: Callable[[Callable[[Results], Any]], list[str]]) -> Links
 
 def csv_links(rows: list[dict[str, str]], folder: str, records: Records) -> Links:
     """References of a table whose CSV has the same rows, in the same order, with `policy`, `manifests` and `ours`: the
-    records of that policy and those manifests whose mean is that number (or a hundredth of it), else the manifests."""
+    records of that policy and those manifests whose mean is that number (or a hundredth of it), else the manifests; for
+    the columns of the likelihood trend the runs of that policy."""
 
     def find(heading: str, number: int, row: dict[str, str], column: str) -> list[str]:
-        if column != "ours" or number >= len(rows):
+        policy, ours = (rows[number].get(name) for name in ("policy", "ours")) if number < len(rows) else (None, None)
+        if column in ("KL(pi, mu)", "chosen", "rejected"):
+            return [f"t{i}" for i, run in enumerate(records.trend)
+                    if (run["folder"], run["policy"], run["split"]) == (folder, policy, "heldout")]  # fmt: skip
+        if policy is None or not column.startswith("ours"):
             return []
-        policy, ours = rows[number].get("policy"), rows[number].get("ours")
         named = set((rows[number].get("manifests") or "").split())
         groups: dict[tuple[str, ...], list[int]] = {}  # a manifest can have several benchmarks
         for i, score in enumerate(records.scores):

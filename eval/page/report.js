@@ -74,9 +74,14 @@ function panels() {
     .filter((regime) => runs.some((run) => run.regime === regime));
   const line = (regime, method, side, name, stroke, dash) => {
     const own = runs.filter((run) => run.regime === regime && run.method === method && seeds.includes(String(run.seed)));
-    const lines = own.filter((run) => run.series[side] && run.series[side][quantity]).map((run) =>
-      run.series[side][quantity].map((y, i) => ({ x: run.steps[i] / Math.max(run.steps[run.steps.length - 1], 1), y, run, i, name })));
-    return lines.length ? [{ name, stroke, dash, lines }] : [];
+    // Policies that differ in more than the seed are lines of their own.
+    const policies = unique(own.map((run) => run.policy));
+    return policies.flatMap((policy) => {
+      const called = policies.length > 1 ? `${name} (${policy})` : name;
+      const lines = own.filter((run) => run.policy === policy && run.series[side]?.[quantity]).map((run) =>
+        run.series[side][quantity].map((y, i) => ({ x: run.steps[i] / Math.max(run.steps[run.steps.length - 1], 1), y, run, i, name: called })));
+      return lines.length ? [{ name: called, stroke, dash, lines }] : [];
+    });
   };
   const found = [];
   if ($("sides").value === "sides") {

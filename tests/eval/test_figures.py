@@ -355,6 +355,16 @@ def test_ranks_are_the_records(run, tmp_path) -> None:
         assert f"<!-- {label} -->" in svg
 
 
+def test_ranks_of_two_runs_are_not_mixed(run, tmp_path) -> None:
+    """Two runs of one method, recipe and seed cannot share a panel: refused."""
+    runs = [write_run(tmp_path / name, "nca", "hard", 0, VALUES, beta) for name, beta in (("one", 0.1), ("two", 0.5))]
+    for folder in runs:
+        lines = [json.loads(line) for line in (folder / "trend.jsonl").read_text().splitlines()]
+        write_lines(folder / "trend.jsonl", [{**line, "ranks": [{"rank": 1, "r": 0.5}]} for line in lines])
+    assert run(figures.main, "ranks", runs[0], "--out", tmp_path / "figure").code == 0
+    assert "two runs of nca, hard, seed 0" in run(figures.main, "ranks", *runs, "--out", tmp_path / "other").refusal
+
+
 def write_ablation(folder: Path) -> Path:
     """Records of a grid over alpha and beta, of K = 2, 3 and of the plain policies (K = 4, and DPO's 2)."""
     names = [f"{m}-hard-a{a:g}-b{b:g}" for m in ("nca", "infonca") for a in (0.3, 1.0) for b in (0.1, 0.5)]

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from browser import Browser
 from PIL import Image
-from synthetic import write_lines, write_results
+from synthetic import STEPS, write_lines, write_results
 
 from eval import claims, report, tables
 
@@ -152,6 +152,15 @@ def test_ranks_and_the_paper(tiny) -> None:
     assert tiny.errors == []
 
 
+def test_policies_are_not_mixed(build, browser, tmp_path) -> None:
+    """Two policies of one method, regime and seed are two lines with their names, and no mean of them."""
+    folder = write_results(tmp_path / "tiny", seeds=[0])
+    lines = [line for line in lines_of(folder / "trend.jsonl") if line["policy"] == "nca-hard"]
+    write_lines(folder / "trend.jsonl", [*lines, *({**line, "policy": "nca-hard-b1"} for line in lines)])
+    browser.open(build(folder))
+    assert drawn(browser)["chosen, hard"] == ["NCA (nca-hard)", "NCA (nca-hard-b1)"]
+
+
 CELLS = """[...document.querySelectorAll('#doc-ID td')].map(cell => {
   const table = cell.closest('table'), head = [...table.querySelectorAll('th')].map(th => th.textContent);
   const row = [...cell.parentNode.children].map(td => td.textContent);
@@ -267,18 +276,21 @@ def test_tables_of_subfolders_lead_to_their_records(build, tmp_path) -> None:
         {**score, "policy": policy, "benchmark": benchmark, "value": value, "low": value, "high": value,
          "manifest": manifest} for policy, benchmark, value, manifest in values
     ])  # fmt: skip
+    trend = [{**line, "policy": "dpo"} for line in lines_of(folder / "trend.jsonl") if line["policy"] == "dpo-hard"]
+    write_lines(below / "trend.jsonl", trend)
     rows = [("NCA", "nca", 37.5, "abc def"), ("DPO", "dpo", 9, "g"), ("IPO", "ipo", 1, "hij"), ("KTO", "kto", "", "")]
     lines = [",".join(map(str, row)) for row in (("method", "policy", "ours", "manifests"), *rows)]
     (below / "table2.csv").write_text("\n".join(lines) + "\n")
     cells = [f"| {row[0]} | 1 | {row[2] or 'not run'} |" for row in rows]
     (below / "table2.md").write_text(
-        "\n".join(["# T", "", "| method | paper | ours |", "|---|---|---|", *cells]) + "\n"
+        "\n".join(["# T", "", "| method | chosen | ours, reward |", "|---|---|---|", *cells]) + "\n"
     )
     html = build(folder).read_text()
     place = len(lines_of(folder / "scores.jsonl"))
     document = html[html.index('<section id="doc-table2-table2"') :]
     document = document[: document.index("</section>")]
-    expected = [f"s{place} s{place + 1}", f"s{place + 3}", "mhij"]
+    runs = sum(run["split"] == "heldout" for run in lines_of(folder / "trend.jsonl")) // len(STEPS) * 2  # both splits
+    expected = [f"s{place} s{place + 1}", f"t{runs}", f"s{place + 3}", "mhij"]
     assert re.findall(r'data-records="([^"]*)"', document) == expected
 
 
