@@ -186,3 +186,16 @@ def test_run_without_a_trend(run, write) -> None:
     (run / "trend.jsonl").unlink()
     assert "measured no likelihood trend" in write(run)
     assert ModelCard.load(run / "policy" / "README.md").data.eval_results is None
+
+
+def test_adapter(align_run, write, tmp_path) -> None:
+    """The card of an adapter takes the place of the one that PEFT writes; the run stays done, and its digest holds
+    whether PEFT's, ours or none is there."""
+    run = align_run(tmp_path / "lora", "--tuning", "lora")
+    assert (run / "policy" / "README.md").exists()  # PEFT's
+    digest = file_digest(run / "policy")
+    assert "## Likelihood trend" in write(run)
+    assert ModelCard.load(run / "policy" / "README.md").data.library_name == "peft"
+    assert RunDirectory(run, json.loads((run / "plan.json").read_text())).is_done
+    (run / "policy" / "README.md").unlink()
+    assert file_digest(run / "policy") == digest
