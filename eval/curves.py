@@ -22,6 +22,7 @@ from typing import Any
 import numpy
 
 from data_prep.files import InputError, read_json, read_jsonl, to_json
+from eval.points import split_policy
 from eval.records import METHODS
 
 SIDES = ("chosen", "rejected")
@@ -108,7 +109,10 @@ def read_trend(path: Path) -> list[dict[str, Any]]:
     for number, record in read_jsonl(path):
         if not {"step", "split", *SIDES} <= set(record) or not {"policy", "method"} <= {*record, *labels}:
             raise InputError(f"{path}:{number}: not a likelihood-trend record (or without plan.json beside it)")
-        records.append({**labels, **record})
+        record = {**labels, **record}
+        if named := split_policy(record["policy"]):  # nca-pair is nca_pair, whatever the record takes it for
+            record["method"], record["regime"] = named
+        records.append(record)
     if not records:
         raise InputError(f"{path}: no records")
     return records
@@ -143,7 +147,7 @@ def read_runs(path: Path, quantity: str) -> list[Run]:
     found = []
     for (policy, seed), records in runs.items():
         method = records[0]["method"]
-        label = policy.replace(method, METHODS.get(method, method), 1).replace("-", ", ", 1)
+        label = ", ".join(filter(None, (METHODS[method], records[0]["regime"]))) if split_policy(policy) else policy
         try:
             points = [(record["step"], *(record[side][quantity] for side in SIDES)) for record in records]
         except KeyError as error:

@@ -90,7 +90,7 @@ def draw(
             if (regime, method, side) in found and (not paper or (method, side) in paper):
                 line(axis, found[regime, method, side], STYLES[method], label)
         lay_paper(axis, side, paper or {})
-        axis.set_title(f"{side}, {regime} regime")
+        axis.set_title(f"{side}, {regime} regime" if regime else side)
         axis.set_xlabel("share of training" if row == len(SIDES) - 1 else "")
         axis.set_ylabel(unit if column == 0 else "")
     return finish(figure, axes, paper)
@@ -156,7 +156,7 @@ def draw_ranks(found: dict[tuple[str, str, str], Curve], unit: str) -> Any:
             if (*panel, str(rank)) in found:
                 look = (colors(0.85 * i / max(len(ranks) - 1, 1)), RANK_DASHES[i % 4], RANK_MARKERS[i % 4])
                 line(axis, found[*panel, str(rank)], look, f"rank {rank}{' (best)' if rank == 1 else ''}")
-        axis.set_title(f"{METHODS.get(panel[1], panel[1])}, {panel[0]}", fontsize=9)
+        axis.set_title(", ".join(filter(None, (METHODS.get(panel[1], panel[1]), panel[0]))), fontsize=9)
         axis.set_xlabel("share of training" if place + columns >= len(panels) else "", fontsize=8)
         axis.set_ylabel(unit if place % columns == 0 else "", fontsize=8)
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)

@@ -17,7 +17,14 @@ from eval.records import METHODS, RESPONSES, Estimate, Results
 NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
 NAMES = "|".join(sorted((method.replace("_", "[_-]") for method in METHODS), key=len, reverse=True))
 REGIME = r"(?:-((?!alpha|beta|[abkK]\d)[\w.-]+?))??"
+NAMED = re.compile(rf"({NAMES})(?:-(.+))?")
 POLICY = re.compile(rf"({NAMES}){REGIME}(?:(?:-a(?:lpha)?{NUMBER})?-b(?:eta)?{NUMBER}|-[kK](\d+))?")
+
+
+def split_policy(policy: str) -> tuple[str, str] | None:
+    """Method, and what follows it in the policy's name ("" where nothing does); None for a name of another kind."""
+    matched = NAMED.fullmatch(policy)
+    return (matched[1].replace("-", "_"), matched[2] or "") if matched else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from data_prep.files import InputError, read_jsonl, to_json
 from eval import claims, tables
 from eval.curves import QUANTITIES
+from eval.points import split_policy
 from eval.records import REGIMES, Results, read_scores
 
 # References of a cell, from the heading above its table, the number of its row in the file, the row and the column.
@@ -103,6 +104,8 @@ def trend_of(path: Path, folder: str) -> list[dict[str, Any]]:
     for line, record in read_jsonl(path):
         try:
             names = {key: record[key] for key in ("policy", "method", "regime", "seed", "split", "manifest")}
+            if named := split_policy(names["policy"]):
+                names["method"], names["regime"] = named
             run = runs.setdefault(
                 (names["policy"], names["seed"], names["split"]),
                 {"folder": folder, **names, "beta": record.get("beta"), "lines": [], "steps": [], "kl": [],

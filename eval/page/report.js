@@ -98,7 +98,7 @@ function panels() {
             }
           }
         }
-        found.push({ title: `${side}, ${regime}`, row: side, lines });
+        found.push({ title: regime ? `${side}, ${regime}` : side, row: side, lines });
       }
     }
   } else {
@@ -107,7 +107,7 @@ function panels() {
     for (const regime of regimes) {
       for (const method of methods.filter((name) => chosen.includes(name))) {
         const lines = ranks.flatMap((rank, i) => line(regime, method, rank, i ? rank : `${rank} (best)`, ...looks[i % 4]));
-        if (lines.length) found.push({ title: `${label(method)}, ${regime}`, row: "ranks", lines });
+        if (lines.length) found.push({ title: regime ? `${label(method)}, ${regime}` : label(method), row: "ranks", lines });
       }
     }
   }

@@ -355,6 +355,23 @@ def test_ranks_are_the_records(run, tmp_path) -> None:
         assert f"<!-- {label} -->" in svg
 
 
+def test_names_of_other_scales(run, tmp_path) -> None:
+    """Policies without a regime, and with - for _ in their method, are drawn as what they are."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    lines = [{**line, "policy": policy, "method": "nca", "regime": "pair", "seed": 0}
+             for policy in ("nca", "nca-pair") for line in trend_lines(VALUES)]  # fmt: skip
+    write_lines(folder / "trend.jsonl", lines)
+    assert run(figures.main, "--trend", folder / "trend.jsonl", "--out", tmp_path / "figure").code == 0
+    assert {(row["method"], row["regime"]) for row in rows_of(tmp_path / "figure.csv")} == {
+        ("nca", ""),
+        ("nca_pair", ""),
+    }
+    assert "<!-- chosen -->" in (tmp_path / "figure.svg").read_text()
+    assert run(figures.main, "trend", folder, "--out", tmp_path / "runs").code == 0
+    assert {row["method"] for row in rows_of(tmp_path / "runs.csv")} == {"NCA", "NCA, pairs"}
+
+
 def test_ranks_of_two_runs_are_not_mixed(run, tmp_path) -> None:
     """Two runs of one method, recipe and seed cannot share a panel: refused."""
     runs = [write_run(tmp_path / name, "nca", "hard", 0, VALUES, beta) for name, beta in (("one", 0.1), ("two", 0.5))]

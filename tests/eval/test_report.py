@@ -156,9 +156,9 @@ def test_policies_are_not_mixed(build, browser, tmp_path) -> None:
     """Two policies of one method, regime and seed are two lines with their names, and no mean of them."""
     folder = write_results(tmp_path / "tiny", seeds=[0])
     lines = [line for line in lines_of(folder / "trend.jsonl") if line["policy"] == "nca-hard"]
-    write_lines(folder / "trend.jsonl", [*lines, *({**line, "policy": "nca-hard-b1"} for line in lines)])
+    write_lines(folder / "trend.jsonl", [*lines, *({**line, "policy": "mine"} for line in lines)])
     browser.open(build(folder))
-    assert drawn(browser)["chosen, hard"] == ["NCA (nca-hard)", "NCA (nca-hard-b1)"]
+    assert drawn(browser)["chosen, hard"] == ["NCA (nca-hard)", "NCA (mine)"]
 
 
 CELLS = """[...document.querySelectorAll('#doc-ID td')].map(cell => {
