@@ -188,23 +188,24 @@ def _run_of_trainer(path: Path, quantity: str) -> Run:
         raise InputError(f"{path}: a Trainer logs r = beta (log pi - log mu) alone; leave out --quantity {quantity}")
     folder = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
     for prefix, note in (("eval_rewards/", ""), ("rewards/", ", training batches")):
-        logged = [found for entry in state["log_history"] if (found := _logged(entry, prefix))]
-        if logged:
-            try:
-                points = [tuple(map(float, point)) for point in logged]
-                return _run(path, folder.resolve().name + note, "", 0, points, float(state.get("max_steps") or 0))
-            except (TypeError, ValueError) as error:
-                raise InputError(f"{path}: log_history: {error}; mend or remove the entry") from None
+        try:
+            points = [found for entry in state["log_history"] if (found := _logged(entry, prefix))]
+            steps = float(state.get("max_steps") or 0)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: log_history: {error}; mend or remove the entry") from None
+        if points:
+            return _run(path, folder.resolve().name + note, "", 0, points, steps)
     raise InputError(f"{path}: log_history has no rewards/chosen and rewards/rejected; log them, or give a .csv")
 
 
-def _logged(entry: dict[str, Any], prefix: str) -> tuple[Any, Any, Any] | None:
-    """Step, chosen and rejected of one entry of log_history, if it has them."""
-    if {"step", f"{prefix}chosen", f"{prefix}rejected"} <= set(entry):
-        return entry["step"], entry[f"{prefix}chosen"], entry[f"{prefix}rejected"]
-    worse = [value for key, value in entry.items() if re.fullmatch(rf"{prefix}A[1-9]\d*", key)]
-    if "step" in entry and f"{prefix}A0" in entry and worse:
-        return entry["step"], entry[f"{prefix}A0"], math.fsum(worse) / len(worse)
+def _logged(entry: dict[str, Any], prefix: str) -> tuple[float, float, float] | None:
+    """Step, chosen and rejected of one entry of log_history, if it has them; ValueError where they are no numbers."""
+    rewards = {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
+    worse = [float(value) for name, value in rewards.items() if re.fullmatch(r"A[1-9]\d*", name)]
+    if "step" in entry and set(SIDES) <= set(rewards):
+        return float(entry["step"]), float(rewards["chosen"]), float(rewards["rejected"])
+    if "step" in entry and "A0" in rewards and worse:
+        return float(entry["step"]), float(rewards["A0"]), math.fsum(worse) / len(worse)
     return None
 
 

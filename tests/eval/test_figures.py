@@ -319,6 +319,7 @@ def test_two_runs_of_one_name_are_told_apart(run, tmp_path) -> None:
             '{"log_history": [{"step": 1, "rewards/chosen": "a", "rewards/rejected": 1}]}',
             "convert",
         ),
+        ("trainer_state.json", '{"log_history": [{"step": 1, "rewards/A0": 1, "rewards/A1": "a"}]}', "convert"),
         ("trend.jsonl", '{"step": 1}\n', "trend.jsonl:1"),
         ("trend.jsonl", "", "no records"),
         ("other.txt", "", "neither trend.jsonl nor trainer_state.json"),
