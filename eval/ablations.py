@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One run. data: `reward` (K scored responses) or `preference` (pairs). alpha: None where the objective has none."""
+    """One run. data: `reward` (K scored responses) or `preference` (pairs). alpha: None where there is none."""
 
     policy: str  # its name, in score and trend records
     method: str

@@ -158,8 +158,8 @@ class Records:
             # "alpaca_eval_gpt4 by MODEL" is AlpacaEval's prompt, answered by MODEL
             for of, judge in ((score.benchmark, score.judge), ("", score.judge.rpartition(" by ")[2])):
                 if (of or models) and seen.setdefault(of, judge) != judge:
-                    raise InputError(f"{self.path}: {of or 'the table'} is judged by {seen[of]} and by {judge}; a table "
-                                     "has one judge: judge all policies alike")  # fmt: skip
+                    raise InputError(f"{self.path}: {of or 'the table'} is judged by {seen[of]} and by {judge}; a "
+                                     "table has one judge: judge all policies alike")  # fmt: skip
 
 
 def estimate(records: tuple[Score, ...], factor: float) -> Estimate | None:
@@ -197,8 +197,10 @@ def benchmark_lines(table: str, scale: str, records: Records) -> list[Line]:
                 value, ours = published.get((BASES[scale], known, quantity.paper)), estimate(found, quantity.factor)
                 itself = (quantity.benchmark, name) == ("vs_dpo", "dpo")
                 itself |= tiny and (quantity.benchmark, name) == ("alpaca_eval_1", "mu")  # the answers to win against
-                lines.append(Line(regime and f"{regime.capitalize()} regime", quantity.label, LABELS[name], policy,
-                                  value, ours, found, less(ours, value, scale), quantity.digits, {}, itself))  # fmt: skip
+                lines.append(
+                    Line(regime and f"{regime.capitalize()} regime", quantity.label, LABELS[name], policy, value, ours,
+                         found, less(ours, value, scale), quantity.digits, {}, itself)
+                )  # fmt: skip
     if table == "table3" and not tiny:
         lines += [average(lines, policy, published, scale) for policy in ("sft", "dpo", "nca")]
     return lines
@@ -251,11 +253,11 @@ def notes(table: str, scale: str, lines: list[Line]) -> list[str]:
                     if any(line.published and line.published.status == status for line in lines)) + ".",
     ]  # fmt: skip
     if scale == "tiny":
-        said.append("The paper's values are those of Mistral-7B, beside ours for orientation only: another model, other "
-                    "prompts, another judge. No difference is formed between scales.")  # fmt: skip
+        said.append("The paper's values are those of Mistral-7B, beside ours for orientation only: another model, "
+                    "other prompts, another judge. No difference is formed between scales.")  # fmt: skip
     if table == "table2" and scale == "tiny":
-        said.append("The miniature's prompts, in the forms of MT-Bench (two turns) and AlpacaEval 1 (here against the SFT "
-                    "model's answers), judged by their truth through the same programs.")  # fmt: skip
+        said.append("The miniature's prompts, in the forms of MT-Bench (two turns) and AlpacaEval 1 (here against the "
+                    "SFT model's answers), judged by their truth through the same programs.")  # fmt: skip
     if table == "table2":
         said.append("NCA on pairs and SFT on the best of 4 are additions; the paper has no such rows.")
     if table == "table3" and scale == "tiny":
@@ -263,8 +265,8 @@ def notes(table: str, scale: str, lines: list[Line]) -> list[str]:
     if table == "figure6":
         said.append("The paper's grid is not known; the rows of `reward` are the points of Figure 4, right, too.")
     if table in GRIDS:
-        said.append("KL, and chosen and rejected (log pi - log mu of the best response and of the others), are in nats a "
-                    "response, on held-out rows at the end of training.")  # fmt: skip
+        said.append("KL, and chosen and rejected (log pi - log mu of the best response and of the others), are in nats "
+                    "a response, on held-out rows at the end of training.")  # fmt: skip
     return said
 
 
@@ -286,11 +288,12 @@ def write(table: str, scale: str, folder: Path) -> list[Line]:
     for section in dict.fromkeys(line.section for line in lines):
         cells = pandas.DataFrame([line.shown(scale) for line in lines if line.section == section])
         text += [f"## {section}"] * bool(section) + [cells.to_markdown(index=False, disable_numparse=True)]
-        latex.append(cells.to_latex(index=False, escape=True, caption=f"{title}{section and ', '}{section}",
-                                    label=f"tab:{table}-{scale}{section and '-'}{section.partition(' ')[0].lower()}"))  # fmt: skip
+        caption = ", ".join(filter(None, (title, section.lower())))
+        label = "-".join(filter(None, (f"tab:{table}-{scale}", section.lower().partition(" ")[0])))
+        latex.append(cells.to_latex(index=False, escape=True, caption=caption, label=label))
     text += ["\n".join(f"- {sentence}" for sentence in said)]
-    text.append(f"Made by `{command}` from the records beside it; `{table}.csv` has the numbers unrounded, with the hash "
-                "of the manifest behind each.")  # fmt: skip
+    text.append(f"Made by `{command}` from the records beside it; `{table}.csv` has the numbers unrounded, with the "
+                "hash of the manifest behind each.")  # fmt: skip
     write_text(folder / f"{table}.md", "\n\n".join(text) + "\n")
     write_text(folder / f"{table}.tex", "\n".join(latex) + "".join(f"% {sentence}\n" for sentence in said))
     numbers = pandas.DataFrame([line.numbers() for line in lines])
