@@ -3,7 +3,8 @@
 python -m eval.collect --runs runs/tiny --seeds 0 1 2 --out results/tiny
 python -m eval.collect --folders runs/tiny/table2 --out results/tiny/table2
 
-The first form takes the folders seed-N of `--runs`; the second everything below the folders it names.
+The first form takes the folders seed-N of `--runs`; the second everything below the folders it names. There NAME=DIR
+calls the policy of a run NAME, where its folder has another name.
 
 scores.jsonl      every score of every seed, from eval.truth or from what else judges
 trend.jsonl       every likelihood-trend record of every run, with policy, method, regime and seed
@@ -35,16 +36,25 @@ def seed_stages(runs: Path, seeds: list[int]) -> Iterator[Stage]:
             yield seed, path.parent.relative_to(root).as_posix(), path.parent, read_manifest(path.parent)
 
 
-def folder_stages(folders: list[Path]) -> Iterator[Stage]:
+def folder_stages(folders: list[str]) -> Iterator[Stage]:
     """The same for whatever is below some folders; the seed is that of the stage's settings, if it has one."""
-    for root in folders:
+    for item in folders:
+        named, _, folder = item.rpartition("=")
+        root = Path(folder)
         paths = sorted(root.rglob("manifest.json"))
         if not paths:
             raise InputError(f"{root}: no finished stage below it (no manifest.json); run the stages first")
         for path in paths:
             manifest = read_manifest(path.parent)
-            name = (Path(root.name) / path.parent.relative_to(root)).as_posix()
-            yield manifest["identity"]["settings"].get("seed"), name, path.parent, manifest
+            name = (Path(named or root.name) / path.parent.relative_to(root)).as_posix()
+            yield seed_of(manifest), name, path.parent, manifest
+
+
+def seed_of(manifest: dict[str, Any]) -> int | None:
+    """The seed among a stage's settings; a run keeps it in its recipe, answers with their decoding."""
+    settings = manifest["identity"]["settings"]
+    within = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    return next((found["seed"] for found in within if "seed" in found), None)
 
 
 def policy_of(name: str, folder: Path) -> str:
@@ -82,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.collect")
     parser.add_argument("--runs", type=Path, help="with the folders seed-N")
     parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--folders", type=Path, nargs="+", help="in place of --runs and --seeds")
+    parser.add_argument("--folders", nargs="+", metavar="[NAME=]DIR", help="in place of --runs and --seeds")
     parser.add_argument("--out", required=True, type=Path)
     arguments = parser.parse_args()
     if bool(arguments.folders) == bool(arguments.runs and arguments.seeds):
@@ -94,7 +104,10 @@ def main() -> None:
         found = list(seed_stages(arguments.runs, arguments.seeds))
         files = [arguments.runs / f"seed-{seed}" / "scores" / "scores.jsonl" for seed in arguments.seeds]
     scores = [dataclasses.asdict(score) for path in files for score in read_scores(path)]
-    write_jsonl(arguments.out / "scores.jsonl", scores)
+    if scores:
+        write_jsonl(arguments.out / "scores.jsonl", scores)
+    else:  # figures of likelihoods alone
+        (arguments.out / "scores.jsonl").unlink(missing_ok=True)
     write_jsonl(arguments.out / "trend.jsonl", trend(found))
     write_jsonl(
         arguments.out / "manifests.jsonl",

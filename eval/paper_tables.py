@@ -13,7 +13,7 @@ from typing import Any
 import pandas
 
 from data_prep.files import InputError, read_jsonl, write_text
-from eval.ablations import GRIDS
+from eval.grids import GRIDS
 from eval.published import STATUSES, Published, read_table
 from eval.records import METHODS, REGIMES, Estimate, Score, pool, read_scores
 
@@ -229,9 +229,11 @@ def ablation_lines(figure: str, scale: str, records: Records, trend: Path) -> li
         found = records.find(point.policy, quantity)
         own = ends.get(point.policy, {})
         more: dict[str, Any] = {
-            "data": point.data, "K": point.k, "alpha": "-" if point.alpha is None else f"{point.alpha:g}",
+            "data": point.data,
+            "K": point.k,
+            "alpha": f"{point.alpha:g}",
             "beta": f"{point.beta:g}",
-        }  # fmt: skip
+        }
         for name, path in (("KL(pi, mu)", ("kl",)), ("chosen", ("chosen", "log_ratio")),
                            ("rejected", ("rejected", "log_ratio"))):  # fmt: skip
             values = [own[seed][path[0]] if len(path) == 1 else own[seed][path[0]][path[1]] for seed in sorted(own)]
@@ -263,7 +265,8 @@ def notes(table: str, scale: str, lines: list[Line]) -> list[str]:
     if table == "table3" and scale == "tiny":
         said.append("Table 3 trains on pairs: the paper's NCA stands beside ours on pairs.")
     if table == "figure6":
-        said.append("The paper's grid is not known; the rows of `reward` are the points of Figure 4, right, too.")
+        said.append("The paper's grid is not known; the rows of `reward` are the points of Figure 4, right, too. On "
+                    "pairs alpha is 0, the limit.")  # fmt: skip
     if table in GRIDS:
         said.append("KL, and chosen and rejected (log pi - log mu of the best response and of the others), are in nats "
                     "a response, on held-out rows at the end of training.")  # fmt: skip
