@@ -45,8 +45,8 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int 
     differences = numpy.asarray([a - b for a, b in zip(ours, theirs, strict=True)], dtype=float)
     low, high = bootstrap_interval(differences, seed)
     moved = differences[differences != 0]
-    p_value = 1.0
-    if len(moved):
+    p_value = 1.0  # for one moved item too: both of its flips are as extreme
+    if len(moved) > 1:
         test = stats.permutation_test(
             (moved,), numpy.mean, permutation_type="samples", rng=numpy.random.default_rng(seed), batch=500,
             n_resamples=math.inf if len(moved) <= EXACT_UP_TO else RESAMPLES,

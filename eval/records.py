@@ -36,7 +36,7 @@ class Score:
     scale: str
     seed: int
     policy: str  # "mu", or METHOD-REGIME
-    decoding: str  # greedy or sampled
+    decoding: str  # greedy, sampled, or prescribed (by each prompt)
     benchmark: str
     metric: str
     judge: str

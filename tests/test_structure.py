@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("data_prep", "train", "eval")  # in the order of the data
+STAGES = ("data_prep", "train", "eval", "benchmarks")  # in the order of the data
 CODE = sorted(path for stage in (*STAGES, "scripts") for path in (ROOT / stage).rglob("*.py"))
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
 
@@ -58,8 +58,9 @@ def test_engine_knows_no_objective() -> None:
 def test_commands_exist() -> None:
     """Every `python -m module` of this project that a file names can be run: it has a main part."""
     found = set()
+    command = re.compile(rf"-m ((?:{'|'.join(STAGES)})(?:\.[a-z_0-9]+)+)")
     for path in repository_files():
-        found |= set(re.findall(r"-m ((?:data_prep|train|eval)(?:\.[a-z_0-9]+)+)", path.read_text(errors="replace")))
+        found |= set(command.findall(path.read_text(errors="replace")))
     assert len(found) > 10
     for module in sorted(found):
         spec = importlib.util.find_spec(module)

@@ -9,15 +9,20 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scipy import stats
 
-from data_prep.rows import Row, read_prompts
+from data_prep.files import sha256_text
+from data_prep.manifest import read_manifest
+from data_prep.rows import Row
 from eval import generate
 from train.engine.models import Checkpoint
+from train.engine.sampling import sample
 from train.engine.tokens import Encoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +43,12 @@ CHATS = {
 }
 
 
+def draw(policy: Path, prompts: Path, part: Path) -> None:
+    """Answer all prompts with DECODING, without the end of the command that removes the part file."""
+    engine = generate.transformers_engine(Checkpoint(str(policy)), "float32", DECODING)
+    generate.generate(*engine, generate.read_tasks(prompts), DECODING, part)
+
+
 def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
@@ -52,11 +63,24 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def two_turns(tmp_path: Path) -> Path:
+    """Prompts of one and two turns, some with a temperature of their own: three kinds of batches."""
+    path = tmp_path / "two-turns.jsonl"
+    lines = []
+    for i, (name, chat) in enumerate(CHATS.items()):
+        more = {} if i == 1 else {"follow_ups": [f"And {i} more?"]}
+        own = {} if i in (0, 4) else {"temperature": 0.5 if i % 2 else 0.7}
+        lines.append(json.dumps({"id": name, "prompt": chat, **more, **own}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
 def answer(run, policies, prompts, tmp_path):
     """Run eval.generate into a folder and return its answers file."""
 
-    def call(out: str, *more: Any, policy: Path = policies[0], seed: int = 0) -> Path:
-        words = ("--policy", policy, "--prompts", prompts, "--out", tmp_path / out, "--seed", seed)
+    def call(out: str, *more: Any, policy: Path = policies[0], seed: int = 0, file: Path = prompts) -> Path:
+        words = ("--policy", policy, "--prompts", file, "--out", tmp_path / out, "--seed", seed)
         options = more or ("--greedy", "--samples", 3, "--batch", 4)
         done = run(generate.main, *words, "--max-new-tokens", LONGEST, *options)
         assert done.code == 0, done.err
@@ -156,7 +180,7 @@ def interrupted(answers: Path, part: bytes) -> Path:
 def whole_part(answer, policies, prompts, tmp_path) -> bytes:
     """The part file of a run that was not interrupted, just before its end."""
     path = tmp_path / "whole.jsonl"
-    generate.generate(Checkpoint(str(policies[0])), read_prompts(prompts), DECODING, path)
+    draw(policies[0], prompts, path)
     return path.read_bytes()
 
 
@@ -176,7 +200,7 @@ def test_interrupted_more_than_once(policies, prompts, tmp_path, whole_part) -> 
     path = tmp_path / "part.jsonl"
     for cut in (len(whole_part) // 3 + 5, len(whole_part) // 2 + 5):
         path.write_bytes(whole_part[:cut])
-        generate.generate(Checkpoint(str(policies[0])), read_prompts(prompts), DECODING, path)
+        draw(policies[0], prompts, path)
         assert path.read_bytes() == whole_part
 
 
@@ -194,10 +218,14 @@ def test_whole_batches_are_kept(answer, whole_part, policies) -> None:
         interrupted(answer("out", seed=seed, policy=policy), b"")
 
 
-def test_killed(answer, policies, prompts, tmp_path) -> None:
-    """SIGKILL in the middle: no answers and no manifest are left, and the same command ends with the same bytes."""
-    options = ("--greedy", "--samples", "24", "--batch", "2")
-    undisturbed = answer("undisturbed", *options).read_bytes()
+@pytest.mark.parametrize("turn", [1, 2])
+def test_killed(turn, answer, policies, prompts, two_turns, tmp_path) -> None:
+    """SIGKILL in the middle, of the first turns or of the second ones: no answers and no manifest are left, and the
+    same command ends with the same bytes."""
+    options = ("--greedy", "--samples", "24" if turn == 1 else "8", "--batch", "2")
+    prompts = two_turns if turn == 2 else prompts
+    undisturbed = answer("undisturbed", *options, file=prompts).read_bytes()
+    firsts = len(lines_of(tmp_path / "undisturbed" / "answers.jsonl")) // 2 if turn == 2 else 0
     out = tmp_path / "killed"
     part = out / "answers.part.jsonl"
     command = [sys.executable, "-m", "eval.generate", "--policy", policies[0], "--prompts", prompts, "--out", out]
@@ -205,12 +233,12 @@ def test_killed(answer, policies, prompts, tmp_path) -> None:
         [*map(str, command), "--seed", "0", "--max-new-tokens", str(LONGEST), *options],
         cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while child.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") >= 7):
+    while child.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") >= firsts + 7):
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert sorted(path.name for path in out.iterdir()) == ["answers.part.jsonl", "plan.json"]
-    assert answer("killed", *options).read_bytes() == undisturbed
+    assert answer("killed", *options, file=prompts).read_bytes() == undisturbed
 
 
 def test_done_already(answer) -> None:
@@ -259,3 +287,156 @@ def test_bad_settings_are_refused(run, policies, prompts, tmp_path) -> None:
         (damaged / path.name).write_bytes(path.read_bytes())
     (damaged / "model.safetensors").write_bytes((policies[0] / "model.safetensors").read_bytes()[:5000])
     assert "cannot be loaded" in run(generate.main, "--policy", damaged, *words, "--greedy").refusal
+
+
+def test_second_turns_see_the_first_answers(answer, policies, two_turns) -> None:
+    """A greedy second answer is that of a plain loop over the whole conversation, encoded as in training; prompts
+    without a follow-up have one turn."""
+    model, tokenizer = Checkpoint(str(policies[0])).load()
+    model.eval()
+    encoder = Encoder(tokenizer, 4096, LONGEST)
+    found = lines_of(answer("out", "--greedy", "--batch", 3, file=two_turns))
+    assert [(a["id"], a["turn"]) for a in found] == [
+        (name, turn) for name in CHATS for turn in ((1,) if name == "p1" else (1, 2))
+    ]
+    said = {(a["id"], a["turn"]): a for a in found}
+    for i, (name, chat) in enumerate(CHATS.items()):
+        if name == "p1":
+            continue
+        first = {"role": "assistant", "content": said[name, 1]["response"]}
+        ids = encoder.prompt([*chat, first, {"role": "user", "content": f"And {i} more?"}], name)[1]
+        drawn: list[int] = []
+        while len(drawn) < LONGEST and tokenizer.eos_token_id not in drawn:
+            with torch.no_grad():
+                drawn.append(model(torch.tensor([ids + drawn])).logits[0, -1].argmax().item())
+        assert said[name, 2]["response"] == tokenizer.decode(drawn, skip_special_tokens=True)
+
+
+def test_a_prompt_may_prescribe_its_temperature(answer, run, policies, tmp_path) -> None:
+    """Temperature 0 on a line is the greedy answer, 0.7 is not; both are called prescribed, others sampled."""
+    path = tmp_path / "own.jsonl"
+    kinds = [0, 0.7, None] * 2
+    path.write_text("".join(
+        json.dumps({"id": str(i), "prompt": CHATS["p4"], **({} if own is None else {"temperature": own})}) + "\n"
+        for i, own in enumerate(kinds)
+    ))  # fmt: skip
+    found = lines_of(answer("own", "--greedy", "--samples", 1, file=path))
+    greedy = {a["id"]: a["response"] for a in found if a["decoding"] == "greedy"}
+    assert len(set(greedy.values())) == 1
+    for i, own in enumerate(kinds):
+        (drawn,) = (a for a in found if a["id"] == str(i) and a["decoding"] != "greedy")
+        assert drawn["decoding"] == ("sampled" if own is None else "prescribed")
+        assert (drawn["response"] == greedy[str(i)]) == (own == 0)
+    words = ("--policy", policies[0], "--prompts", path, "--out", tmp_path / "copies", "--samples", 2)
+    assert "would be equal" in run(generate.main, *words).refusal
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"temperature": -1}, "has temperature -1"),
+        ({"temperature": "hot"}, "has temperature 'hot'"),
+        ({"temperature": True}, "has temperature True"),
+        ({"follow_ups": "more"}, "follow_ups must be"),
+        ({"follow_ups": [1]}, "follow_ups must be"),
+    ],
+)
+def test_bad_keys_of_a_prompt_are_refused(more, reason, run, policies, tmp_path) -> None:
+    """A temperature that is none, follow-ups that are no texts: one line with the prompt's id, before any work."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({**GOOD, **more}))
+    words = ("--policy", policies[0], "--prompts", path, "--out", tmp_path / "out", "--samples", 1)
+    refusal = run(generate.main, *words).refusal
+    assert reason in refusal
+    assert "'a'" in refusal
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_second_turns(answer, policies, two_turns, tmp_path) -> None:
+    """Cut anywhere in the first or the second turns, it continues to the bytes of an undisturbed run."""
+    options = ("--greedy", "--samples", 1, "--batch", 4)
+    decoding = generate.Decoding(True, 1, 1.0, 512, LONGEST, 4, 0)
+    engine = generate.transformers_engine(Checkpoint(str(policies[0])), "float32", decoding)
+    path = tmp_path / "whole.jsonl"
+    generate.generate(*engine, generate.read_tasks(two_turns), decoding, path)
+    whole = path.read_bytes()
+    undisturbed = answer("out", *options, file=two_turns).read_bytes()
+    for cut in random.Random(1).sample(range(len(whole)), 6):
+        answers = interrupted(answer("out", *options, file=two_turns), whole[:cut])
+        assert answer("out", *options, file=two_turns).read_bytes() == undisturbed, cut
+        assert not (answers.parent / "answers.part.jsonl").exists()
+
+
+def test_the_manifest_shows_what_the_model_was_sent(answer, policies) -> None:
+    """The first prompt's ids are in the manifest, with one BOS, and decode to the chat template's text."""
+    facts = read_manifest(answer("out").parent)["identity"]["facts"]
+    _, tokenizer = Checkpoint(str(policies[0])).load()
+    sent = facts["first_prompt"]
+    assert sent["id"] == "p0"
+    assert sent["bos"] == 1
+    assert tokenizer.decode(sent["ids"]) == tokenizer.apply_chat_template(
+        CHATS["p0"], tokenize=False, add_generation_prompt=True
+    )
+    assert facts["chat_template_sha256"] == sha256_text(tokenizer.chat_template)
+
+
+def test_bfloat16_is_another_computation(answer) -> None:
+    """--dtype decides the answers' identity: it is in the manifest, and float32 answers are not taken for it."""
+    answer("out", "--greedy")
+    before = read_manifest(answer("out", "--greedy").parent)
+    after = read_manifest(answer("out", "--greedy", "--dtype", "bfloat16").parent)
+    assert [m["identity"]["settings"]["dtype"] for m in (before, after)] == ["float32", "bfloat16"]
+
+
+def test_an_adapter_answers_on_its_base(answer, policies, tmp_path) -> None:
+    """An adapter directory's greedy answers are those of the model it merges to, not those of its base."""
+    base = Checkpoint(str(policies[0]))
+    model, tokenizer = base.load()
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    adapted.save_pretrained(adapter)
+    recorded = {"name": base.name, "revision": None, "digest": base.digest, "quantized": None}
+    (adapter / "base.json").write_text(json.dumps(recorded))
+    adapted.merge_and_unload().save_pretrained(merged)
+    for folder in (adapter, merged):
+        tokenizer.save_pretrained(folder)
+    found = {name: answer(name, "--greedy", policy=folder).read_bytes() for name, folder in
+             (("a", adapter), ("m", merged), ("b", policies[0]))}  # fmt: skip
+    assert found["a"] == found["m"] != found["b"]
+
+
+def test_vllm_is_optional(run, policies, prompts, tmp_path, monkeypatch) -> None:
+    """Without vLLM installed, --engine vllm is refused in one line."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    words = ("--policy", policies[0], "--prompts", prompts, "--out", tmp_path / "out", "--greedy", "--engine", "vllm")
+    assert "vLLM is not installed" in run(generate.main, *words).refusal
+
+
+def test_vllm_is_sent_ids(answer, policies, monkeypatch) -> None:
+    """vLLM gets the ids of training, not text that it would put a second BOS before, and a seed for each answer; a
+    stand-in for the package that answers as transformers does leaves the same file."""
+    model, tokenizer = Checkpoint(str(policies[0])).load()
+    sent: list[tuple[list[int], Any]] = []
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            assert options["generation_config"] == "vllm"
+            assert options["trust_remote_code"] is False
+
+        def get_tokenizer(self) -> Any:
+            return tokenizer
+
+        def generate(self, prompts: list[dict[str, Any]], options: list[Any], use_tqdm: bool) -> list[Any]:
+            sent.extend((prompt["prompt_token_ids"], option) for prompt, option in zip(prompts, options, strict=True))
+            ids = [prompt["prompt_token_ids"] for prompt in prompts]
+            drawn = sample(model, tokenizer, ids, max_new_tokens=LONGEST, temperature=0.0, seed=0)
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(found))]) for found in drawn]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **o: SimpleNamespace(**o)))
+    path = answer("vllm", "--greedy", "--engine", "vllm")
+    encoder = Encoder(tokenizer, 512, LONGEST)
+    assert sorted(ids for ids, _ in sent) == sorted(encoder.prompt(chat, name)[1] for name, chat in CHATS.items())
+    assert all((o.temperature, o.top_p, o.top_k, o.max_tokens) == (0.0, 1.0, -1, LONGEST) for _, o in sent)
+    assert len({option.seed for _, option in sent}) == len(sent)
+    assert path.read_bytes() == answer("transformers", "--greedy").read_bytes()

@@ -45,3 +45,10 @@ def test_paired_test_rejects_as_often_as_it_says() -> None:
         ours, theirs = ([rng.gauss(0, 1) for _ in range(30)] for _ in range(2))
         low += paired_difference(ours, theirs, seed).p_value < 0.05
     assert low <= 12
+
+
+def test_paired_difference_where_one_item_moved() -> None:
+    """One differing item is no evidence: both of its flips are as extreme, so p = 1."""
+    found = paired_difference([1.0, 2.0, 4.0], [1.0, 2.0, 3.0])
+    assert found.p_value == 1.0
+    assert found.difference == pytest.approx(1 / 3)

@@ -152,9 +152,9 @@ def test_zero3_ends_as_one_process(
     launch_file = (ROOT / "train" / "launch" / "deepspeed_zero3.yaml").read_text()
     config.write_text(launch_file.replace("use_cpu: false", "use_cpu: true"))
     launcher = ["accelerate", "launch", "--config_file", str(config), "--num_processes", "2", "-m", "train.nca"]
-    path = os.pathsep.join([environment["PYTHONPATH"], *sys.path[1:]])
+    found = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join([environment["PYTHONPATH"], *sys.path[1:]])}
     done = subprocess.run(
-        [*launcher, *arguments(two, *words)], cwd=ROOT, env={**environment, "DS_ACCELERATOR": "cpu", "PYTHONPATH": path},
+        [*launcher, *arguments(two, *words)], cwd=ROOT, env={**environment, **found},
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

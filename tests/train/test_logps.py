@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -96,6 +97,16 @@ def test_the_window_matters_here(encoded_rows: Rows) -> None:
         max(abs(a - b) for ours, theirs in zip(windowed, full, strict=True) for a, b in zip(ours, theirs, strict=True))
         > 0.1
     )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles its kernel, and there is no g++ here")
+def test_flex_attention_gives_the_same_numbers(encoded_rows: Rows) -> None:
+    """The block mask against the dense one, sliding window included (forward only: on a CPU it has no backward)."""
+    rows = encoded_rows(3, seed=0)
+    model = build("mistral window")
+    dense, flex = (logps_of_rows(packable(model, how), rows, 3) for how in ("dense", "flex"))
+    for ours, theirs in zip(flex, dense, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
 def test_batch_shape_and_padding_change_nothing(model: nn.Module, encoded_rows: Rows) -> None:

@@ -198,16 +198,17 @@ def packed(
     layout: Layout | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention of a transformers model; query [1, H, T, D], key and value [1, H', T, D], output [1, T, H, D]."""
-    if layout is not None and layout.columns is not None:
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
+    if layout.columns is not None:
         if options.get("dropout"):
             raise ValueError("packed attention has no dropout; Checkpoint.load turns it off")
-        heads = (x[0].to(value.dtype) for x in (query, key, value))  # autocast leaves rotated ones in float32
-        out = SplitAttention.apply(*heads, options["scaling"], layout.columns)
+        out = SplitAttention.apply(query[0], key[0], value[0], options["scaling"], layout.columns)
         return out.transpose(0, 1)[None], None
-    if layout is not None and layout.blocks is not None:
+    if layout.blocks is not None:
         return flex_attention_forward(module, query, key, value, layout.blocks, **options)[0], None
-    mask = attention_mask if layout is None else layout.mask
-    return sdpa_attention_forward(module, query, key, value, mask, **options)
+    return sdpa_attention_forward(module, query, key, value, layout.mask, **options)
 
 
 AttentionInterface.register(NAME, packed)

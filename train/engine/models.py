@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -110,6 +111,8 @@ class Checkpoint:
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         loading = {"dtype": weights or dtype, "device_map": device_map}
         if quantized:
+            if device_map is None and self._is_mixture(name, options):
+                loading["device_map"] = {"": "cpu"}  # whole experts would not fit a card; single ones move there below
             loading["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=quantized
             )
@@ -135,6 +138,12 @@ class Checkpoint:
                 module.support_avx512bf16_for_cpu = False
         disable_dropout(model)
         return packable(model, attention, dtype, router_aux_loss), tokenizer
+
+    def _is_mixture(self, name: str, options: dict[str, Any]) -> bool:
+        try:
+            return hasattr(AutoConfig.from_pretrained(name, **options), "num_local_experts")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{name}: no configuration ({' '.join(str(error).split())[:300]})") from None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone; InputError if it cannot be read."""
