@@ -29,7 +29,6 @@ from reproduce import (  # noqa: E402
     Stage,
     ground_stages,
     judging_stages,
-    manifest,
     run_all,
     seed_stages,
     stage,
@@ -101,12 +100,13 @@ def grid_results(figure: str, scale: str, found: list[Path], out: Path, **where:
     """Records, table and figure. found: scores, trends and manifests; where: how eval.collect is told of them."""
     records = [out / f"{name}.jsonl" for name in ("scores", "trend", "manifests")]
     yield stage(f"{figure}: records", "eval.collect", found, [*records, out / "cost.csv"], **where, out=out)
-    yield stage(f"{figure}: table", "eval.tables", records, [out / f"{figure}.{ending}" for ending in ("md", "csv", "tex")],
-                table=figure, scale=scale, results=out)  # fmt: skip
+    files = [out / f"{figure}.{ending}" for ending in ("md", "csv", "tex")]
+    yield stage(f"{figure}: table", "eval.tables", records, files, table=figure, scale=scale, results=out)
     kind, drawn = ("responses", "score_by_k") if figure == "figure4" else ("kl", "score_by_kl")
     benchmark, metric, decoding = SCORES[scale]
-    yield stage(f"{figure}: figure", "eval.figures", records, [out / f"{drawn}.{e}" for e in ("png", "svg", "csv")],
-                kind, out, out=out / drawn, benchmark=benchmark, metric=metric, decoding=decoding)  # fmt: skip
+    files = [out / f"{drawn}.{ending}" for ending in ("png", "svg", "csv")]
+    yield stage(f"{figure}: figure", "eval.figures", records, files, kind, out, out=out / drawn, benchmark=benchmark,
+                metric=metric, decoding=decoding)  # fmt: skip
 
 
 def tiny(figure: str, arguments: argparse.Namespace) -> None:
@@ -124,9 +124,7 @@ def tiny(figure: str, arguments: argparse.Namespace) -> None:
     if shutil.disk_usage(ROOT).free < 2**30:
         raise InputError(f"{ROOT}: less than 1 GB of disk is free; free some and run again")
     # One list of what is done with scripts/reproduce.sh, as they share stages; another for what this script adds.
-    of_reproduce = {item.name for seed in range(arguments.seeds)
-                    for item in seed_stages(seed, runs / f"seed-{seed}", arguments.quick)}  # fmt: skip
-    shared = [item for item in planned if item.name in of_reproduce and runs / figure not in item.outputs[0].parents]
+    shared = [item for item in planned if not {runs / figure, out} & set(item.outputs[0].parents)]
     run_all(shared, Progress(runs / "stages"), arguments.jobs)
     run_all([item for item in planned if item not in shared], Progress(runs / figure / "stages"), arguments.jobs)
     print(f"see {out}")
@@ -135,9 +133,7 @@ def tiny(figure: str, arguments: argparse.Namespace) -> None:
 def mistral(figure: str, arguments: argparse.Namespace) -> None:
     """The paper's scale: trained by scripts/train_mistral7b.sh, judged as in scripts/table2.sh."""
     if arguments.seeds != 1 or arguments.quick:
-        raise InputError(
-            "--seeds and --quick are for the tiny scale; the runs of mistral-7b have the recipes' one seed"
-        )
+        raise InputError("--seeds and --quick are for the tiny scale; mistral-7b has the recipes' one seed")
     runs, work = arguments.runs or Path("runs"), (arguments.runs or Path("runs")) / figure
     out = arguments.out or Path("results/mistral-7b") / figure
     revision = ["--model-revision", arguments.model_revision or "COMMIT"]
@@ -168,8 +164,8 @@ def mistral(figure: str, arguments: argparse.Namespace) -> None:
         show(planned)
         tokens_in, tokens_out = (calls * tokens for tokens in TOKENS["mt_bench"])
         usd = (tokens_in * arguments.judge_price_in + tokens_out * arguments.judge_price_out) / 1e6
-        print(f"Judge: {calls:,} calls, about {usd:.0f} USD. Hours, GPU memory and disk of each run are above. A dry run "
-              "downloads nothing, writes nothing and asks nobody.")  # fmt: skip
+        print(f"Judge: {calls:,} calls, about {usd:.0f} USD. Hours, GPU memory and disk of each run are above. A dry "
+              "run downloads nothing, writes nothing and asks nobody.")  # fmt: skip
         return
     if not arguments.model_revision:
         raise InputError("--model-revision is needed: the commit of the SFT model; see --dry-run")
@@ -182,11 +178,9 @@ def mistral(figure: str, arguments: argparse.Namespace) -> None:
 
 def _run(words: list[str]) -> None:
     """A script of this repository, from its root."""
-    code = subprocess.run(
-        words, cwd=ROOT, check=False, env={**os.environ, "PYTHON": os.environ.get("PYTHON", sys.executable)}
-    )
-    if code.returncode:
-        raise InputError(f"{shlex.join(words)} ended with exit code {code.returncode}; its message is above")
+    code = subprocess.run(words, cwd=ROOT, check=False, env={"PYTHON": sys.executable, **os.environ}).returncode
+    if code:
+        raise InputError(f"{shlex.join(words)} ended with exit code {code}; its message is above")
 
 
 def main() -> None:
@@ -209,8 +203,8 @@ def main() -> None:
         raise InputError("--seeds, --passes and --jobs must be at least 1")
     arguments.jobs = arguments.jobs or (2 if arguments.scale == "tiny" else 1)
     if arguments.scale == "mixtral-8x7b":
-        raise InputError(f"{arguments.figure} at mixtral-8x7b: the paper has none, its Mixtral runs are those of Table 3; "
-                         "take --scale mistral-7b or tiny")  # fmt: skip
+        raise InputError(f"{arguments.figure} at mixtral-8x7b: the paper has none, its Mixtral runs are those of "
+                         "Table 3; take --scale mistral-7b or tiny")  # fmt: skip
     (tiny if arguments.scale == "tiny" else mistral)(arguments.figure, arguments)
 
 
