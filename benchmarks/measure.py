@@ -229,7 +229,7 @@ def main() -> None:
         measures = {"plan": planned, "parts": {}}
 
     shape, quick = TINY if options.tiny else SHAPE, options.quick
-    regimes = list(REGIMES)[: 2 if quick else 3]
+    regimes = list(REGIMES)[: 2 if quick else 4]
     count, rounds = (2, 1) if quick else (3, 2)
     ks, lengths = ((2, 4), (96, 192)) if quick or options.tiny else ((2, 4, 8, 16), (96, 192, 384, 768))
     vocabularies = (400, 800) if options.tiny else (8_000, 32_000, 128_000)

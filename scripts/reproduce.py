@@ -294,7 +294,7 @@ def run_all(stages: list[Stage], progress: Progress, jobs: int) -> None:
 
 def run_module(module: str, arguments: list[str], log: Path) -> None:
     """In a process of its own: `python -m module arguments`, with its output in a file."""
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.chdir(ROOT)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
@@ -303,11 +303,13 @@ def run_module(module: str, arguments: list[str], log: Path) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _end_with_parent(parent: int) -> None:
-    """Stop this process when its parent is gone: after a SIGKILL the same command may start the same stage again."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(143)
+def _end_with_parent() -> None:
+    """Stop this process when the one that asked for it is gone: after a SIGKILL the same command may start the same
+    stage again. (Its parent in the system, the fork server, lives on as long as it does.)"""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(143)
 
 
 def last_line(log: Path) -> str:

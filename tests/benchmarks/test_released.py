@@ -10,6 +10,7 @@ from benchmarks.measure import GRADIENTS_WITHIN, LOSS_WITHIN, check_equal, gradi
 from benchmarks.ours import our_loss, our_references
 from benchmarks.released import padded, released_logps, released_loss
 from benchmarks.workload import (
+    PADDED_OVER_UNIQUE,
     REGIMES,
     TINY,
     ULTRAFEEDBACK,
@@ -91,10 +92,12 @@ def test_check_refuses_other_gradients(ours: nn.Module) -> None:
 
 
 def test_rows_have_the_lengths_they_are_named_after() -> None:
-    """Many UltraFeedback-like rows: padded / unique 1.66 as measured on UltraFeedback, median prompt 120, response
-    230; the long regime has prompts of 512."""
+    """Many rows of each regime: padded / unique as stated with the targets; median prompt 120, response 230 for
+    UltraFeedback's; the long regime has prompts of 512."""
+    for regime, ratio in PADDED_OVER_UNIQUE.items():
+        rows = make_rows(600, REGIMES[regime], vocabulary=VOCABULARY)
+        assert padded_over_unique(rows) == pytest.approx(ratio, abs=0.07)
     rows = make_rows(600, ULTRAFEEDBACK, vocabulary=VOCABULARY)
-    assert padded_over_unique(rows) == pytest.approx(1.66, abs=0.06)
     assert torch.tensor([float(len(row.prompt_ids)) for row in rows]).median() == pytest.approx(120, rel=0.08)
     assert torch.tensor([float(len(ids)) for row in rows for ids in row.response_ids]).median() == pytest.approx(
         230, rel=0.04

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from data_prep.manifest import read_manifest
@@ -66,6 +67,13 @@ def post(url: str, body: bytes) -> tuple[int, dict[str, Any]]:
             return reply.status, json.load(reply)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
+
+
+def works(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # The judge
@@ -166,8 +174,13 @@ def test_end_to_end(runs) -> None:
     out = runs / "table2"
     while child.poll() is None and not list(out.glob("seed-0/mt_bench/*/judge.jsonl")):
         time.sleep(0.02)
+    stages = psutil.Process(child.pid).children(recursive=True)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, (runs / "log").read_text()
+    deadline = time.monotonic() + 20
+    while any(map(works, stages)):  # none goes on by itself
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert not (out / "table2.md").exists()
 
     def again() -> subprocess.CompletedProcess[str]:
