@@ -1,153 +1,157 @@
-"""The likelihood trend as a figure, from trend.jsonl alone.
+"""The figures, from records alone. Each is OUT.png, OUT.svg and its data as OUT.csv.
 
-    python -m eval.figures --trend results/tiny/trend.jsonl --out results/tiny/likelihood_trend [--paper CSV]
+    python -m eval.figures trend RUN [RUN ...] --out OUT [--paper CSV] [--quantity NAME]
+        the likelihood of chosen and rejected responses over training, one line for each run (or the mean and range
+        of its seeds). RUN is a run directory, a trend.jsonl, a Trainer's trainer_state.json or a .csv (eval.curves)
+    python -m eval.figures --trend results/tiny/trend.jsonl --out OUT [--paper CSV]
+        the same for a results folder: one column for each regime
+    python -m eval.figures ranks RUN [RUN ...] --out OUT [--quantity NAME]
+        each of the K responses over training, by rank of reward; one panel for each method and regime
+    python -m eval.figures kl RESULTS --out OUT          score against KL(pi || mu) over alpha and beta
+    python -m eval.figures responses RESULTS --out OUT   score against K
+        from an ablation's records (eval.points)
 
-One column for each regime; above, the chosen response (best of its prompt), below, the rejected ones. A line is
-the mean over seeds, its band their range. With --paper the published curves of Figure 2 are laid over it, both in
-units of the learned reward r = beta * (log pi - log mu). Writes OUT.png, OUT.svg and OUT.csv.
+A line over training is the mean over seeds, its band their range; a bar is a 95 % interval. With --paper the
+published curves of Figure 2 are laid over it, all in units of the learned reward r = beta * (log pi - log mu) and
+over the share of training. That figure plots NCA's chosen line at twice its margin + rejected, and twice the end
+value of the authors' model card; here it is drawn at margin + rejected (results/paper/figure2_likelihood.csv).
 """
 
 import argparse
 import csv
 import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-from data_prep.files import InputError, read_jsonl, run_command, write_text
-from eval.records import METHODS, REGIMES
-
-# Okabe and Ito's colours, told apart by the colour-blind; dashes and markers tell them apart in grey.
-STYLES = {
-    "sft_best": ("#999999", (0, (1, 1)), "x"),
-    "kto": ("#CC79A7", (0, (4, 1)), "v"),
-    "ipo": ("#F0E442", (0, (4, 1, 1, 1)), "^"),
-    "dpo": ("#D55E00", "solid", "s"),
-    "dpo_x3": ("#E69F00", (0, (5, 2)), "D"),
-    "nca_pair": ("#56B4E9", (0, (5, 2)), "P"),
-    "infonca": ("#009E73", "solid", "^"),
-    "nca": ("#0072B2", "solid", "o"),
-}
-SIDES = ("chosen", "rejected")
-PAPER_COLUMNS = {  # of results/paper/figure2_likelihood.csv
-    ("dpo", "chosen"): "dpo_chosen",
-    ("dpo", "rejected"): "dpo_rejected",
-    ("nca_pair", "chosen"): "nca_chosen_implied_by_margin",
-    ("nca_pair", "rejected"): "nca_rejected",
-}
-Curve = list[tuple[float, float, float, float]]  # share of training, mean, lowest and highest seed
+from data_prep.files import InputError, atomic_path, run_command, write_text
+from eval.curves import QUANTITIES, SIDES, Curve, Run, curves, rank_curves, read_paper, read_runs, read_trend
+from eval.drawing import close, draw, draw_ablation, draw_ranks, draw_runs
+from eval.points import Point, over_responses, over_strength, points
+from eval.records import Results
 
 
-def curves(records: list[dict[str, Any]], quantity: str) -> dict[tuple[str, str, str], Curve]:
-    """(regime, method, side) to its curve over training, from held-out records.
-
-    Seeds can differ in their number of steps (a prompt with all rewards tied gives no pair): each is taken as a
-    share of its own training, at the shares of the first seed, with straight lines between measurements.
-    """
-    seeds: dict[tuple[str, str, str], dict[int, list[tuple[int, float]]]] = {}
-    for record in records:
-        if record["split"] == "heldout":
-            for side in SIDES:
-                points = seeds.setdefault((record["regime"], record["method"], side), {})
-                points.setdefault(record["seed"], []).append((record["step"], record[side][quantity]))
-    found = {}
-    for key, of_seed in seeds.items():
-        lines = []
-        for seed in sorted(of_seed):
-            steps, values = numpy.array(sorted(of_seed[seed])).T
-            lines.append((steps / steps[-1], values))
-        grid = lines[0][0]
-        at_grid = numpy.array([numpy.interp(grid, shares, values) for shares, values in lines])
-        found[key] = list(zip(grid, at_grid.mean(0), at_grid.min(0), at_grid.max(0), strict=True))
-    return found
-
-
-def read_paper(path: Path) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """The published curves: (method, side) to [(share of training, r)]."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file; the published curves are in results/paper/")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    rows = list(csv.DictReader(lines))
-    if not rows:
-        raise InputError(f"{path}: not the digitised Figure 2 (no rows)")
-    try:
-        return {
-            key: [(float(row["epoch_fraction"]), float(row[column])) for row in rows]
-            for key, column in PAPER_COLUMNS.items()
-        }
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: not the digitised Figure 2 ({error})") from None
-
-
-def draw(
-    found: dict[tuple[str, str, str], Curve],
-    unit: str,
-    paper: dict[tuple[str, str], list[tuple[float, float]]] | None,
-) -> Any:
-    """The figure: sides by regimes."""
-    matplotlib.rcParams.update({"svg.hashsalt": "trend", "font.size": 9, "axes.spines.top": False,
-                                "axes.spines.right": False})  # fmt: skip
-    regimes = [regime for regime in REGIMES if any(key[0] == regime for key in found)]
-    figure, axes = pyplot.subplots(
-        len(SIDES), len(regimes), figsize=(4.6 * len(regimes), 6.4), sharex=True, sharey="row", squeeze=False
-    )
-    for column, regime in enumerate(regimes):
-        for row, side in enumerate(SIDES):
-            axis = axes[row][column]
-            axis.axhline(0, color="black", linewidth=0.8)
-            for method, label in METHODS.items():
-                if (regime, method, side) not in found or (paper and (method, side) not in paper):
-                    continue
-                share, mean, low, high = zip(*found[regime, method, side], strict=True)
-                color, dashes, marker = STYLES[method]
-                axis.plot(share, mean, color=color, linestyle=dashes, marker=marker, markersize=3.5, label=label)
-                axis.fill_between(share, low, high, color=color, alpha=0.15, linewidth=0)
-            for (method, of), points in (paper or {}).items():
-                if of == side:
-                    share, r = zip(*points, strict=True)
-                    axis.plot(share, r, color=STYLES[method][0], linestyle=(0, (1, 1.5)), linewidth=2,
-                              label=f"{METHODS[method]}, paper (7B)")  # fmt: skip
-            axis.set_title(f"{side}, {regime} regime")
-            axis.set_xlabel("share of training" if row == len(SIDES) - 1 else "")
-            axis.set_ylabel(unit if column == 0 else "")
-    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
-    figure.tight_layout()
-    return figure
-
-
-def curves_csv(found: dict[tuple[str, str, str], Curve]) -> str:
-    """The data of the figure."""
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """CSV: floats with six decimals, NaN and None as empty cells."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["regime", "method", "side", "share_of_training", "mean", "lowest_seed", "highest_seed"])
-    for key, curve in sorted(found.items()):
-        writer.writerows([*key, *(f"{number:.6f}" for number in point)] for point in curve)
+    writer.writerow(head)
+    for row in rows:
+        cells = ["" if cell is None or cell != cell else cell for cell in row]
+        writer.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells])
     return text.getvalue()
+
+
+def curves_csv(found: dict[tuple[str, str, str], Curve], last: str = "side") -> str:
+    """The data of a figure over training."""
+    head = ["regime", "method", last, "share_of_training", "mean", "lowest_seed", "highest_seed"]
+    return table(head, ([*key, *map(float, point)] for key, curve in sorted(found.items()) for point in curve))
+
+
+def runs_csv(runs: Sequence[Run], quantity: str) -> str:
+    """The data of a figure of any runs, every seed by itself: what `trend` reads as a source again."""
+    head = ["step", "method", *SIDES, "seed", "share_of_training", "quantity"]
+    return table(head, ([float(step), run.label, float(chosen), float(rejected), run.seed, step / run.steps, quantity]
+                        for run in runs for step, chosen, rejected in run.points))  # fmt: skip
+
+
+def points_csv(found: Sequence[Point]) -> str:
+    """The data of an ablation's figure."""
+    names = ("score", "kl")
+    head = ["method", "regime", "alpha", "beta", "K", "seeds"]
+    head += [column for name in names for column in (name, f"{name}_low", f"{name}_high")]
+    rows = []
+    for point in found:
+        row = [point.method, point.regime, point.alpha, point.beta, point.responses, len(point.score.seeds)]
+        for estimate in (point.score, point.kl):
+            row += [estimate.value, estimate.low, estimate.high] if estimate else [None] * 3
+        rows.append(row)
+    return table(head, rows)
+
+
+def save(figure: Any, out: Path, data: str) -> None:
+    """Write the three files; each is replaced only by a whole one."""
+    for ending, options in (
+        (".png", {"dpi": 130, "metadata": {"Software": None}}),
+        (".svg", {"metadata": {"Date": None}}),
+    ):
+        with atomic_path(out.with_name(out.name + ending)) as temporary:
+            figure.savefig(temporary, format=ending[1:], **options)
+    close(figure)
+    write_text(out.with_name(out.name + ".csv"), data)
+    print(f"{out}.png, .svg, .csv: written")
+
+
+def runs_of(sources: Sequence[Path], quantity: str) -> list[Run]:
+    """The runs of all sources; two of one name and seed are told apart by where they lie."""
+    found = [(source, run) for source in sources for run in read_runs(source, quantity)]
+    count = Counter((run.label, run.seed) for _, run in found)
+    twice = {label for (label, _), times in count.items() if times > 1}
+    named = [
+        Run(f"{run.label} ({source})", run.method, run.seed, run.points, run.steps) if run.label in twice else run
+        for source, run in found
+    ]
+    again = [key for key, times in Counter((run.label, run.seed) for run in named).items() if times > 1]
+    if again:
+        raise InputError(f"{again[0][0]}, seed {again[0][1]}: named twice; name each source once")
+    return named
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trend", type=Path, help="trend.jsonl of a results folder")
+    kinds = parser.add_subparsers(dest="kind", metavar="trend | ranks | kl | responses")
+    shared = argparse.ArgumentParser(add_help=False)
+    for target in (parser, shared):
+        target.add_argument("--out", type=Path, required=target is shared, help="path without its ending")
+    paper = argparse.ArgumentParser(add_help=False)
+    for target in (parser, paper):
+        target.add_argument("--paper", type=Path, help="digitised Figure 2, to lay over the runs")
+    runs = argparse.ArgumentParser(add_help=False)
+    runs.add_argument("sources", type=Path, nargs="+", metavar="RUN")
+    runs.add_argument("--quantity", choices=QUANTITIES, default="r", help="what is drawn (default r)")
+    kinds.add_parser("trend", parents=[shared, paper, runs])
+    kinds.add_parser("ranks", parents=[shared, runs])
+    for name in ("kl", "responses"):
+        kind = kinds.add_parser(name, parents=[shared])
+        kind.add_argument("results", type=Path, metavar="RESULTS", help="folder with the records of the ablation")
+        kind.add_argument("--benchmark", default="all")
+        kind.add_argument("--metric", default="reward")
+        kind.add_argument("--decoding", default="sampled")
+    arguments = parser.parse_args()
+    if arguments.kind is None and not (arguments.trend and arguments.out):
+        parser.error("name a figure (trend, ranks, kl, responses), or --trend and --out")
+    return arguments
 
 
 def main() -> None:
     """Draw."""
-    parser = argparse.ArgumentParser(prog="python -m eval.figures")
-    parser.add_argument("--trend", required=True, type=Path, help="trend.jsonl with the records of several runs")
-    parser.add_argument("--out", required=True, type=Path, help="path of the figure, without its ending")
-    parser.add_argument("--paper", type=Path, help="digitised Figure 2, to lay over the runs on pairs")
-    arguments = parser.parse_args()
-    records = [record for _, record in read_jsonl(arguments.trend)]
-    if not records:
-        raise InputError(f"{arguments.trend}: no records")
-    paper = read_paper(arguments.paper) if arguments.paper else None
-    found = curves(records, "r" if paper else "log_ratio")
-    unit = "r = beta (log pi - log mu)" if paper else "log pi - log mu, nats a response"
-    figure = draw(found, unit, paper)
-    figure.savefig(arguments.out.with_suffix(".png"), dpi=130, metadata={"Software": None})
-    figure.savefig(arguments.out.with_suffix(".svg"), metadata={"Date": None})
-    write_text(arguments.out.with_suffix(".csv"), curves_csv(found))
-    print(f"{arguments.out}.png, .svg, .csv: written")
+    arguments = parse()
+    paper = read_paper(arguments.paper) if getattr(arguments, "paper", None) else None
+    if arguments.kind in ("kl", "responses"):
+        score = (arguments.decoding, arguments.benchmark, arguments.metric)
+        every = points(Results.read(arguments.results), *score)
+        found = over_strength(every) if arguments.kind == "kl" else over_responses(every)
+        label = f"{arguments.metric.replace('_', ' ')}, {arguments.benchmark}, {arguments.decoding}"
+        save(draw_ablation(found, arguments.kind, label), arguments.out, points_csv(found))
+    elif arguments.kind == "ranks":
+        records = [record for source in arguments.sources for record in read_trend(source)]
+        ranks = rank_curves(records, arguments.quantity)
+        save(draw_ranks(ranks, QUANTITIES[arguments.quantity]), arguments.out, curves_csv(ranks, "rank"))
+    elif arguments.kind == "trend":
+        if paper and arguments.quantity != "r":
+            raise InputError(f"--paper: the published curves are r; leave out --quantity {arguments.quantity}")
+        runs = runs_of(arguments.sources, arguments.quantity)
+        save(draw_runs(runs, QUANTITIES[arguments.quantity], paper), arguments.out,
+             runs_csv(runs, arguments.quantity))  # fmt: skip
+    else:
+        quantity = "r" if paper else "log_ratio"
+        trend = curves(read_trend(arguments.trend), quantity)
+        save(draw(trend, QUANTITIES[quantity], paper), arguments.out, curves_csv(trend))
 
 
 if __name__ == "__main__":

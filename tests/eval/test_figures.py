@@ -10,7 +10,7 @@ import pandas
 import pytest
 from synthetic import METHODS, REGIMES, STEPS, write_results
 
-from eval import figures
+from eval import curves, drawing, figures
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "results" / "paper" / "figure2_likelihood.csv"
@@ -72,7 +72,7 @@ def pixels_of(picture: numpy.ndarray, color: str) -> int:
 def test_picture_shows_every_method(draw, tmp_path) -> None:
     """The PNG is not blank: each method's line is there in its colour, in all four panels; a method without records
     is not."""
-    names = {method: style[0] for method, style in figures.STYLES.items()}
+    names = {method: style[0] for method, style in drawing.STYLES.items()}
     assert len(set(names.values())) == len(METHODS)
     picture = matplotlib.image.imread(draw(write_results(tmp_path / "results")).with_suffix(".png"))
     inked = (picture[..., :3].min(-1) < 0.98).mean()
@@ -100,7 +100,7 @@ def test_published_curves_are_laid_over(draw, tmp_path) -> None:
 
 def test_published_curves_are_those_of_the_file() -> None:
     """The values that are drawn are the columns of the committed file; NCA's chosen one is that implied by margin."""
-    found, frame = figures.read_paper(PAPER), published()
+    found, frame = curves.read_paper(PAPER), published()
     for key, column in {
         ("dpo", "chosen"): "dpo_chosen",
         ("dpo", "rejected"): "dpo_rejected",
