@@ -104,11 +104,11 @@ def main() -> None:
         found = list(seed_stages(arguments.runs, arguments.seeds))
         files = [arguments.runs / f"seed-{seed}" / "scores" / "scores.jsonl" for seed in arguments.seeds]
     scores = [dataclasses.asdict(score) for path in files for score in read_scores(path)]
-    if scores:
-        write_jsonl(arguments.out / "scores.jsonl", scores)
-    else:  # figures of likelihoods alone
-        (arguments.out / "scores.jsonl").unlink(missing_ok=True)
-    write_jsonl(arguments.out / "trend.jsonl", trend(found))
+    for name, records in (("scores.jsonl", scores), ("trend.jsonl", list(trend(found)))):
+        if records:
+            write_jsonl(arguments.out / name, records)
+        else:  # a table of scores alone, or a figure of likelihoods alone
+            (arguments.out / name).unlink(missing_ok=True)
     write_jsonl(
         arguments.out / "manifests.jsonl",
         (

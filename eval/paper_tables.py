@@ -254,7 +254,7 @@ def notes(table: str, scale: str, lines: list[Line]) -> list[str]:
         + "; ".join(f"{status}: {meaning}" for status, meaning in STATUSES.items()
                     if any(line.published and line.published.status == status for line in lines)) + ".",
     ]  # fmt: skip
-    if scale == "tiny":
+    if scale == "tiny" and table not in GRIDS:
         said.append("The paper's values are those of Mistral-7B, beside ours for orientation only: another model, "
                     "other prompts, another judge. No difference is formed between scales.")  # fmt: skip
     if table == "table2" and scale == "tiny":

@@ -32,6 +32,7 @@ from reproduce import (  # noqa: E402
     run_all,
     seed_stages,
     stage,
+    table_stages,
     training_stage,
 )
 from table2 import CALLS, TOKENS, Policy, mistral_setting, paid_options, prepare_mt_bench, show  # noqa: E402
@@ -98,10 +99,8 @@ def grid_stages(figure: str, seeds: list[int], runs: Path, quick: bool, out: Pat
 
 def grid_results(figure: str, scale: str, found: list[Path], out: Path, **where: object) -> Iterator[Stage]:
     """Records, table and figure. found: scores, trends and manifests; where: how eval.collect is told of them."""
+    yield from table_stages(figure, scale, found, out, **where)
     records = [out / f"{name}.jsonl" for name in ("scores", "trend", "manifests")]
-    yield stage(f"{figure}: records", "eval.collect", found, [*records, out / "cost.csv"], **where, out=out)
-    files = [out / f"{figure}.{ending}" for ending in ("md", "csv", "tex")]
-    yield stage(f"{figure}: table", "eval.tables", records, files, table=figure, scale=scale, results=out)
     kind, drawn = ("responses", "score_by_k") if figure == "figure4" else ("kl", "score_by_kl")
     benchmark, metric, decoding = SCORES[scale]
     files = [out / f"{drawn}.{ending}" for ending in ("png", "svg", "csv")]
@@ -185,7 +184,7 @@ def _run(words: list[str]) -> None:
 
 def main() -> None:
     """Make one figure at one scale."""
-    parser = argparse.ArgumentParser(prog="bash scripts/figureN.sh", description="Figures 2, 4, 5 and 6.")
+    parser = argparse.ArgumentParser(prog="scripts/figures.py", description="Figures 2, 4, 5 and 6.")
     parser.add_argument("figure", choices=TRAINED)
     parser.add_argument("--scale", required=True, choices=["tiny", "mistral-7b", "mixtral-8x7b"])
     parser.add_argument("--dry-run", action="store_true", help="print the plan; do nothing")

@@ -197,6 +197,15 @@ def result_stages(seeds: list[int], runs: Path, out: Path) -> Iterator[Stage]:
                     **options)  # fmt: skip
 
 
+def table_stages(table: str, scale: str, found: list[Path], out: Path, **where: Any) -> Iterator[Stage]:
+    """Records and the table of one of the paper's tables or grids, in `out`. found: scores, trends and manifests of
+    its stages; where: how eval.collect is told of them."""
+    names = ("scores.jsonl", "manifests.jsonl", *(["trend.jsonl"] if table.startswith("figure") else []))
+    records, files = [out / name for name in names], [out / f"{table}.{ending}" for ending in ("md", "csv", "tex")]
+    yield stage(f"{table}: records", "eval.collect", found, [*records, out / "cost.csv"], **where, out=out)
+    yield stage(f"{table}: table", "eval.tables", records, files, table=table, scale=scale, results=out)
+
+
 class Progress:
     """What is done, on disk: for each stage its key and the digests of its outputs."""
 

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from reproduce import MAX_TOKENS, Progress, Stage, manifest, run_all, stage  # noqa: E402
+from reproduce import MAX_TOKENS, Progress, Stage, manifest, run_all, stage, table_stages  # noqa: E402
 
 from data_prep.files import InputError, read_json, run_command, write_jsonl, write_text  # noqa: E402
 from data_prep.miniature.world import FAMILIES  # noqa: E402
@@ -212,6 +212,15 @@ def write_table(out: Path, works: dict[int, Path], policies: list[Policy]) -> No
     write_text(out / "table2.csv", "\n".join(csv) + "\n")
 
 
+def write_results(scale: str, planned: list[Stage], work: Path, arguments: argparse.Namespace) -> None:
+    """The committed records and the table with the paper's values, in results/ (or, with --runs, beside the runs)."""
+    out = arguments.runs / "results" / "table2" if arguments.runs else Path("results") / scale / "table2"
+    out = Path("runs/quick/results/table2") if arguments.quick and not arguments.runs else out
+    found = [path for item in planned for path in item.outputs if path.name == "scores.jsonl"]
+    run_all(list(table_stages("table2", scale, found, out, folders=[work])), Progress(work / "stages"), 1)
+    print(f"see {out / 'table2.md'}: the same beside the paper's")
+
+
 def _difference(works: dict[int, Path], policy: Policy) -> str:
     """MT-Bench against the rival's, paired by question."""
     if not policy.rival:
@@ -280,6 +289,7 @@ def tiny(arguments: argparse.Namespace) -> None:
     finally:
         judge.close()
     write_table(out, works, policies[0])
+    write_results("tiny", planned, out, arguments)
     print(f"see {out / 'table2.md'}")
 
 
@@ -326,6 +336,7 @@ def mistral(arguments: argparse.Namespace) -> None:
     write_alpaca_eval(annotations, alpaca)
     run_all(planned, Progress(work / "stages"), arguments.jobs)
     write_table(work, {42: work}, policies)
+    write_results("mistral-7b", planned, work, arguments)
     print(f"see {work / 'table2.md'}")
 
 
