@@ -14,7 +14,9 @@ tokens. A score is the mean over all ratings that are there, as in FastChat's sh
 import argparse
 import dataclasses
 import math
+import random
 import statistics
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +27,8 @@ from scipy import stats
 
 from data_prep.files import InputError, read_jsonl, run_command, to_json, write_jsonl
 from data_prep.manifest import file_digest, plan, read_manifest, up_to_date, write_manifest
+from eval.checks import Check
+from eval.endpoint import Endpoint
 from eval.fastchat import (
     FILES,
     TEMPERATURES,
@@ -182,6 +186,44 @@ def question_means(folder: Path) -> dict[str, float]:
             raise InputError(f"{folder}: a rating is missing; judge again before comparing")
         ratings[line["question"]].append(line["rating"])
     return {name: statistics.fmean(found) for name, found in ratings.items()}
+
+
+# Known answers
+
+
+def selftest() -> list[Check]:
+    """A local judge that knows the truth rates perfect answers 10 and empty ones 1: over HTTP, through the client, the
+    parser and the scores, with and without reference answers."""
+    from data_prep.miniature.world import FAMILIES
+    from data_prep.miniature.world import prompts as world_prompts
+    from eval.truth_judge import JUDGE_PROMPTS, TruthJudge
+
+    items = list(world_prompts(0, "test", 6))
+    rng = random.Random(0)
+    perfect = [FAMILIES[item["source"]].demonstrate(item["truth"], rng, 0.0) for item in items]
+    texts = [item["prompt"][-1]["content"] for item in items]
+    questions = [
+        Question("first", "writing", (texts[0], texts[2])), Question("second", "math", (texts[4], texts[1]), ("a", "b"))
+    ]  # fmt: skip
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "prompts.jsonl"
+        write_jsonl(path, items)
+        server = TruthJudge([path])
+        server.start()
+        judge = Judge(Endpoint(server.url, server.model), Path(folder) / "judge.jsonl")
+        prompts = {prompt["name"]: prompt for prompt in JUDGE_PROMPTS}
+        for kind, expected in (("perfect answers", 10), ("empty answers", 1)):
+            answers = {
+                (question.id, turn): perfect[texts.index(question.turns[turn - 1])] if expected == 10 else ""
+                for question in questions for turn in TURNS
+            }  # fmt: skip
+            requests = [to_request(question, answers, turn, 0, prompts) for question in questions for turn in TURNS]
+            judgements, _ = judge_answers(questions, requests, judge, 1)
+            for metric in ("score", "score_turn_1", "score_turn_2"):
+                found.append(Check(f"mt_bench, {metric}: {kind}", expected, measure(judgements, {})[metric][1]))
+        server.close()
+    return found
 
 
 # Commands

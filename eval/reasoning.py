@@ -160,7 +160,7 @@ def evaluate(lm: Recorded, configs: list[dict[str, Any]], limit: int | None = No
             response = item["resps"][0][0]
             sample = samples.setdefault((task, item["doc"]["id"]), {
                 "benchmark": benchmark, "group": item["doc"]["group"], "id": item["doc"]["id"], "task": task,
-                "response": response, "extracted": {}, "verdicts": {},
+                "doc_hash": item["doc_hash"], "response": response, "extracted": {}, "verdicts": {},
             })  # fmt: skip
             if item["filter"] == "none":
                 sample["extracted"] = scoring.extracted(benchmark, response)
@@ -226,8 +226,9 @@ def generate(arguments: argparse.Namespace, configs: list[dict[str, Any]], plann
     if not (folder / "plan.json").exists() or read_json(folder / "plan.json") != planned:
         part.unlink(missing_ok=True)  # another policy's, or of other tasks
         write_json(folder / "plan.json", planned)
-    model, tokenizer = Checkpoint(arguments.policy, arguments.policy_revision).load()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = Checkpoint(arguments.policy, arguments.policy_revision).load(
+        dtype=getattr(torch, arguments.dtype), device_map="auto" if torch.cuda.is_available() else None
+    )
     Encoder(tokenizer, 1, 1)  # refuses a tokenizer without a chat template
     # add_bos_token: the template alone decides about BOS, as in training.
     lm = Recorded(
@@ -273,7 +274,8 @@ def write_scores(
     write_jsonl(arguments.out / "samples.jsonl", samples)
     write_jsonl(arguments.out / "scores.jsonl", map(dataclasses.asdict, scores))
     write_text(arguments.out / "table.md", table(scores, labels))
-    facts = {"items": len(samples), "labels": labels}
+    documents = sha256_text(to_json([[sample["task"], sample["doc_hash"]] for sample in samples]))
+    facts = {"items": len(samples), "labels": labels, "documents": documents}  # the Hub's can change
     write_manifest(arguments.out, planned, outputs=["samples.jsonl", "scores.jsonl", "table.md"], facts=facts)
     print(table([score for score in scores if "/" not in score.benchmark], labels), end="")
 
@@ -294,7 +296,7 @@ def run(arguments: argparse.Namespace) -> None:
     from train.engine.models import Checkpoint
 
     checkpoint = Checkpoint(arguments.policy, arguments.policy_revision)
-    names = ("batch", "limit", "shots", "max_new_tokens")
+    names = ("batch", "dtype", "limit", "shots", "max_new_tokens")
     settings = {"policy": checkpoint.digest, **{name: getattr(arguments, name) for name in names}}
     planned = _planned(arguments, arguments.tasks, settings)
     folder = arguments.out / "answers"
@@ -378,6 +380,7 @@ def main() -> None:
     parser.add_argument("--tasks", required=True, type=_tasks, help=",".join(docs.TASKS))
     parser.add_argument("--limit", type=_at_least_one, help="only the first N questions of each task")
     parser.add_argument("--batch", type=_at_least_one, default=16, help="answers at once")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the policy")
     parser.add_argument("--shots", type=int, choices=range(6), help="in place of the tasks' own number")
     parser.add_argument("--max-new-tokens", type=_at_least_one, help="in place of the tasks' own limit")
     run(parser.parse_args())

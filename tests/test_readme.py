@@ -38,6 +38,8 @@ def test_commands_and_flags_exist(command: str) -> None:
         spec = importlib.util.find_spec(words[2])
         assert spec is not None, f"no module {words[2]}"
         source = Path(spec.origin).read_text(encoding="utf-8")
+        if words[2] in ("eval.mt_bench", "eval.win_rate"):  # the judge's flags are the judge's
+            source += (ROOT / "eval/judge.py").read_text(encoding="utf-8")
         if words[2].startswith("train."):  # the engine parses for every objective
             source += (ROOT / "train/engine/run.py").read_text(encoding="utf-8")
             source += "".join(

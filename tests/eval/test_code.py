@@ -24,7 +24,7 @@ from eval.records import read_scores
 
 pytestmark = pytest.mark.skipif(sandbox.mode() == "none", reason="no namespaces and no bubblewrap on this machine")
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = 20  # every so many problems of HumanEval are judged here; all of them by hand (see the README)
+SAMPLE = 1 if os.environ.get("NCA_FULL_CHECKS") else 20  # every n-th problem; all of them take minutes
 LINE = {"decoding": "greedy", "sample": 0, "tokens": 1, "finished": True}
 
 
