@@ -33,6 +33,7 @@ from eval.records import METHODS, REGIMES, Results, read_scores
 PAGE = Path(__file__).with_name("page")
 PAPER = Path(__file__).resolve().parents[1] / "results" / "paper" / "figure2_likelihood.csv"
 FIRST = ("claims.md", "tables.md")  # in this order; then the others by name
+NOTHING = ("", "-", "not run")  # cells behind which there is no record
 # References of a cell, from the heading above its table, the number of its row in the file, the row and the column.
 Links = Callable[[str, int, dict[str, str], str], list[str]]
 
@@ -75,7 +76,10 @@ class Records:
             if (folder / "trend.jsonl").exists():
                 found.trend += trend_of(folder / "trend.jsonl", name)
             if (folder / "manifests.jsonl").exists():
-                found.manifests += [{"folder": name, **record} for _, record in read_jsonl(folder / "manifests.jsonl")]
+                for _, record in read_jsonl(folder / "manifests.jsonl"):
+                    # As text: JavaScript would write 1.0 as 1, and the hash is that of the text.
+                    identity = to_json(record.get("identity", {}), indent=1)
+                    found.manifests.append({"folder": name, **record, "identity": identity})
         return found
 
     def tracer(self, folder: str, results: Results) -> Callable[[Callable[[Results], Any]], list[str]]:
@@ -157,7 +161,7 @@ def table_links(trace: Callable[[Callable[[Results], Any]], list[str]]) -> Links
     def find(heading: str, number: int, row: dict[str, str], column: str) -> list[str]:
         regime = next((regime for regime in REGIMES if regime in heading.lower()), "")
         policy = {label: policy for policy, label in tables.policies(regime).items()}.get(row.get("method"))
-        if policy is None or column in ("method", "K") or row[column] in ("-", "not run"):
+        if policy is None or column in ("method", "K"):
             return []
         cells = {**tables.QUALITY, **tables.TASKS}
         if column in cells:
@@ -216,8 +220,8 @@ def render(text: str, find: Links) -> Markup:
             cells.append((token, plain(after)))
         elif token.type == "tr_close" and cells:
             row = dict(zip(head, (text for _, text in cells), strict=False))
-            for (cell, _), column in zip(cells, head, strict=False):
-                references = find(heading, number, row, column)
+            for (cell, text), column in zip(cells, head, strict=False):
+                references = [] if text in NOTHING else find(heading, number, row, column)
                 if references:
                     cell.attrSet("data-records", " ".join(references))
             number += 1
@@ -242,24 +246,25 @@ def documents(root: Path, records: Records) -> list[dict[str, Any]]:
     return found
 
 
-def read_registry(path: Path) -> list[dict[str, str]]:
-    """The tables and figures of results/registry.yaml: name, title, status, script and the whole entry; empty where
-    there is none."""
+def read_registry(path: Path, scale: str) -> list[dict[str, Any]]:
+    """The tables and figures of results/registry.yaml, with the status at this scale and the whole entry as text;
+    empty where there is no registry. eval.registry checks it, this only shows it."""
     if not path.exists():
         return []
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if isinstance(entries, dict) and len(entries) == 1:  # all under one key
-        entries = next(iter(entries.values()))
-    pairs = entries.items() if isinstance(entries, dict) else enumerate(entries or [], start=1)
     found = []
-    for key, entry in pairs:
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
         if isinstance(entry, dict):
-            texts = {name: str(entry.get(name, "-")) for name in ("title", "status", "script")}
-            whole = yaml.safe_dump(entry, sort_keys=False, allow_unicode=True)
-            found.append({"name": str(entry.get("name", key)), **texts, "whole": whole})
+            status = entry.get("status")
+            whole = yaml.safe_dump(entry, sort_keys=False, allow_unicode=True, width=100)
+            found.append({
+                "name": name, "of": entry.get("of", "-"), "title": entry.get("title", "-"),
+                "status": status.get(scale, "-") if isinstance(status, dict) else status or "-",
+                "command": entry.get("command") or "-", "whole": whole,
+            })  # fmt: skip
     return found
 
 
@@ -288,7 +293,7 @@ def page(root: Path, scale: str, records: Records) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template("report.html").render(
-        scale=scale, documents=documents(root, records), registry=read_registry(root.parent / "registry.yaml"),
+        scale=scale, documents=documents(root, records), registry=read_registry(root.parent / "registry.yaml", scale),
         digests=digests(root), data=Markup(embedded), script=Markup(script), counts=len(records.scores),
         seeds=sorted({score["seed"] for score in records.scores} | {run["seed"] for run in records.trend}),
         style=Markup((PAGE / "report.css").read_text(encoding="utf-8")),

@@ -1,5 +1,6 @@
 "use strict";
 const DATA = JSON.parse(document.getElementById("data").textContent);
+const identities = new Map(DATA.manifests.map((manifest) => [manifest, JSON.parse(manifest.identity)]));
 const SVG = ["svg", "g", "path", "line", "text", "circle"];
 const $ = (id) => document.getElementById(id);
 const unique = (values) => [...new Set(values)];
@@ -22,17 +23,19 @@ const methods = [...Object.keys(DATA.methods), ...unique(DATA.trend.map((run) =>
   .filter((method, i, all) => all.indexOf(method) === i && DATA.trend.some((run) => run.method === method));
 const usual = ["dpo", "nca_pair", "infonca", "nca"].filter((method) => methods.includes(method));
 
-function swatch(method) {
-  const dash = (DATA.dashes[method] || []).join(" ");
+const color = (method) => DATA.colors[method] || "#000";
+const dashes = (method) => DATA.dashes[method] || [];
+
+function swatch(stroke, dash) {
   return make("svg", { width: 26, height: 10 },
-    make("line", { x1: 0, x2: 26, y1: 5, y2: 5, stroke: DATA.colors[method] || "#000", "stroke-width": 2.5, "stroke-dasharray": dash }));
+    make("line", { x1: 0, x2: 26, y1: 5, y2: 5, stroke, "stroke-width": 2.5, "stroke-dasharray": dash.join(" ") }));
 }
 
 function addControls() {
   for (const method of methods) {
     const box = make("input", { type: "checkbox", name: "method", value: method });
     box.checked = !usual.length || usual.includes(method);
-    $("methods").append(make("label", {}, box, " ", swatch(method), " ", label(method)));
+    $("methods").append(make("label", {}, box, " ", swatch(color(method), dashes(method)), " ", label(method)));
   }
   for (const seed of unique(DATA.trend.map((run) => run.seed)).sort((a, b) => a - b)) {
     const box = make("input", { type: "checkbox", name: "seed", value: seed });
@@ -61,7 +64,7 @@ function mean(lines) {
   return lines[0].map(({ x }) => ({ x, y: lines.reduce((sum, points) => sum + at(points, x), 0) / lines.length }));
 }
 
-/** What is to be drawn: panels with lines; a line has a name, a color, dashes and its seeds' points. */
+/** What is to be drawn: panels with lines; a line has a name, a look and the points of its seeds. */
 function panels() {
   const folder = folders.length > 1 ? $("folder").value : folders[0];
   const quantity = $("quantity").value + $("tokens").value, split = $("split").value;
@@ -69,24 +72,24 @@ function panels() {
   const runs = DATA.trend.filter((run) => run.folder === folder && run.split === split);
   const regimes = unique([...DATA.regimes, ...runs.map((run) => run.regime)])
     .filter((regime) => runs.some((run) => run.regime === regime));
-  const line = (regime, method, side, name, color, dashes) => {
+  const line = (regime, method, side, name, stroke, dash) => {
     const own = runs.filter((run) => run.regime === regime && run.method === method && seeds.includes(String(run.seed)));
     const lines = own.filter((run) => run.series[side] && run.series[side][quantity]).map((run) =>
       run.series[side][quantity].map((y, i) => ({ x: run.steps[i] / Math.max(run.steps[run.steps.length - 1], 1), y, run, i, name })));
-    return lines.length ? [{ name, color, dashes, lines }] : [];
+    return lines.length ? [{ name, stroke, dash, lines }] : [];
   };
   const found = [];
   if ($("sides").value === "sides") {
     for (const side of ["chosen", "rejected"]) {
       for (const regime of regimes) {
         const lines = methods.filter((method) => chosen.includes(method)).flatMap((method) =>
-          line(regime, method, side, label(method), DATA.colors[method] || "#000", DATA.dashes[method] || []));
+          line(regime, method, side, label(method), color(method), dashes(method)));
         if ($("paper").checked && quantity === "r") {
           for (const [key, points] of Object.entries(DATA.paper)) {
             const [method, of] = key.split("/");
             if (of === side) {
               const name = `${label(method)}, paper (7B)`;
-              lines.push({ name, color: DATA.colors[method], dashes: [1, 3], lines: [points.map(([x, y]) => ({ x, y, name }))] });
+              lines.push({ name, stroke: color(method), dash: method === "dpo" ? [2, 3] : [6, 2, 2, 2, 2, 2], lines: [points.map(([x, y]) => ({ x, y, name }))] });
             }
           }
         }
@@ -95,10 +98,10 @@ function panels() {
     }
   } else {
     const ranks = unique(runs.flatMap((run) => Object.keys(run.series))).filter((side) => side.startsWith("rank")).sort();
-    const colors = ["#00224e", "#575d6d", "#8a8678", "#d0b541"], dashes = [[], [8, 3], [6, 2, 2, 2], [2, 2]];
+    const looks = [["#00224e", []], ["#575d6d", [8, 3]], ["#8a8678", [6, 2, 2, 2]], ["#d0b541", [2, 2]]];
     for (const regime of regimes) {
       for (const method of methods.filter((name) => chosen.includes(name))) {
-        const lines = ranks.flatMap((rank, i) => line(regime, method, rank, rank, colors[i % 4], dashes[i % 4]));
+        const lines = ranks.flatMap((rank, i) => line(regime, method, rank, i ? rank : `${rank} (best)`, ...looks[i % 4]));
         if (lines.length) found.push({ title: `${label(method)}, ${regime}`, row: "ranks", lines });
       }
     }
@@ -129,10 +132,10 @@ function drawPanel(panel, [low, high], unit) {
   svg.append(make("text", { x: px(0.5), y: HEIGHT - 3, "text-anchor": "middle" }, "share of training"));
   svg.append(make("text", { transform: `translate(11 ${(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)`, "text-anchor": "middle" }, unit));
   const points = [];
-  for (const { name, color, dashes, lines } of panel.lines) {
+  for (const { name, stroke, dash, lines } of panel.lines) {
     const path = (of, width, opacity) => make("path", {
-      d: of.map(({ x, y }, i) => `${i ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`).join(""), fill: "none", stroke: color,
-      "stroke-width": width, "stroke-opacity": opacity, "stroke-dasharray": dashes.join(" "), "data-line": name,
+      d: of.map(({ x, y }, i) => `${i ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`).join(""), fill: "none", stroke,
+      "stroke-width": width, "stroke-opacity": opacity, "stroke-dasharray": dash.join(" "), "data-line": name,
     });
     if (lines.length > 1) lines.forEach((of) => svg.append(path(of, 1, 0.4)));
     svg.append(path(lines.length > 1 ? mean(lines) : lines[0], 2.4, 1));
@@ -185,6 +188,11 @@ function drawTrend() {
     const [low, high] = ranges[panel.row] || [Infinity, -Infinity];
     ranges[panel.row] = [Math.min(low, ...values), Math.max(high, ...values)];
   }
+  const known = methods.map(label), lines = found.flatMap((panel) => panel.lines).filter(({ name }) => !known.includes(name));
+  $("legend").replaceChildren(...unique(lines.map(({ name }) => name)).map((name) => {
+    const { stroke, dash } = lines.find((line) => line.name === name);
+    return make("span", {}, swatch(stroke, dash), " ", name);
+  }));
   $("plots").replaceChildren(...found.map((panel) => {
     const [low, high] = ranges[panel.row].every(Number.isFinite) ? ranges[panel.row] : [-1, 1];
     const margin = 0.05 * (high - low) || 0.5;
@@ -197,13 +205,13 @@ function drawTrend() {
 
 const byHash = new Map(DATA.manifests.map((manifest) => [manifest.hash, manifest]));
 const byOutput = new Map(DATA.manifests.flatMap((manifest) =>
-  Object.values(manifest.identity?.outputs || {}).map((digest) => [digest, manifest])));
+  Object.values(identities.get(manifest).outputs || {}).map((digest) => [digest, manifest])));
 
 /** The manifests whose outputs one was made from, by content: those before it, nearest first. */
 function before(manifest) {
   const found = [];
   for (let next = [manifest]; next.length; ) {
-    const { settings = {}, inputs = {} } = next.shift().identity || {};
+    const { settings = {}, inputs = {} } = identities.get(next.shift());
     for (const digest of [settings.policy, settings.model, ...Object.values(inputs)]) {
       const made = byOutput.get(digest);
       if (made && made !== manifest && !found.includes(made)) {
@@ -317,7 +325,7 @@ function listManifests() {
       make("summary", {}, make("code", {}, manifest.hash.slice(0, 12)), ` seed ${manifest.seed}, ${manifest.stage}`));
     entry.addEventListener("toggle", () => {
       if (entry.open && entry.children.length === 1) {
-        entry.append(make("pre", {}, String(manifest.command)), make("pre", {}, JSON.stringify(manifest, null, 1)));
+        entry.append(commandOf(manifest, "made by"), `SHA-256 of its identity: ${manifest.hash}`, make("pre", { class: "identity" }, manifest.identity));
       }
     });
     return entry;

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import shutil
 import subprocess
 import time
@@ -90,9 +91,17 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
+    def wait(self, expression: str) -> Any:
+        """What an expression gives once it gives anything but nothing (some events come a moment after a click)."""
+        deadline = time.monotonic() + 30
+        while not (found := self.value(expression)):
+            assert time.monotonic() < deadline, f"still nothing: {expression}"
+            time.sleep(0.05)
+        return found
+
     def place(self, selector: str) -> tuple[float, float]:
         """The middle of an element, after scrolling to it."""
-        box = f"document.querySelector({selector!r})"
+        box = f"document.querySelector({json.dumps(selector)})"
         self.value(f"{box}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
         return tuple(self.value(f"(b => [b.left + b.width / 2, b.top + b.height / 2])({box}.getBoundingClientRect())"))
 
