@@ -163,8 +163,9 @@ def mistral(figure: str, arguments: argparse.Namespace) -> None:
         show(planned)
         tokens_in, tokens_out = (calls * tokens for tokens in TOKENS["mt_bench"])
         usd = (tokens_in * arguments.judge_price_in + tokens_out * arguments.judge_price_out) / 1e6
-        print(f"Judge: {calls:,} calls, about {usd:.0f} USD. Hours, GPU memory and disk of each run are above. A dry "
-              "run downloads nothing, writes nothing and asks nobody.")  # fmt: skip
+        judged = f"Judge: {calls:,} calls, about {usd:.0f} USD." if calls else "No judge."
+        print(f"{judged} Hours, GPU memory and disk of each run are above. A dry run downloads nothing, writes "
+              "nothing and asks nobody.")  # fmt: skip
         return
     if not arguments.model_revision:
         raise InputError("--model-revision is needed: the commit of the SFT model; see --dry-run")

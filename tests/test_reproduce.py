@@ -200,7 +200,7 @@ def test_figures_of_the_paper_scale_are_planned() -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         assert "bash scripts/train_mistral7b.sh --model-revision COMMIT --runs runs" in done.stdout
         assert len(re.findall(rf"^\[\d+/{stages}\] ", done.stdout, re.MULTILINE)) == stages
-        assert f"Judge: {calls:,} calls" in done.stdout
+        assert (f"Judge: {calls:,} calls" if calls else "No judge.") in done.stdout
         refused = subprocess.run(
             [*words[:3], "mixtral-8x7b"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
         )
