@@ -3,8 +3,9 @@
 A source is one of
     RUN/                  a run directory of this project (plan.json, trend.jsonl)
     trend.jsonl           of a run, or of a results folder with many runs
-    trainer_state.json    of a Trainer (or a directory with one): log_history with rewards/chosen and rewards/rejected,
-                          as TRL and the authors' released code log them; eval_rewards/... is taken where it is there
+    trainer_state.json    of a Trainer (or a directory with one): rewards/chosen and rewards/rejected in its log, as of
+                          TRL, or rewards/A0 (chosen) and rewards/A1, ... (rejected, averaged), as of the paper's
+                          released code; eval_rewards/... is taken where it is there
     *.csv                 columns step, method, chosen, rejected, and seed if there are several; lines from # on are
                           skipped. Its numbers are taken to be in the unit that is drawn
 Curves of this project are those of held-out rows.
@@ -13,13 +14,14 @@ Curves of this project are those of held-out rows.
 import csv
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from data_prep.files import InputError, read_json, read_jsonl
+from data_prep.files import InputError, read_json, read_jsonl, to_json
 from eval.records import METHODS
 
 SIDES = ("chosen", "rejected")
@@ -49,6 +51,7 @@ class Run:
     seed: int
     points: tuple[tuple[float, float, float], ...]  # step, chosen, rejected
     steps: float  # of the whole training
+    settings: str = ""  # what else decides its curve, as far as the source says: seeds of one line have the same
 
 
 def pooled(lines: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Curve:
@@ -111,9 +114,9 @@ def _labels_of_run(folder: Path) -> dict[str, Any]:
     if not (folder / "plan.json").exists():
         return {}
     settings = read_json(folder / "plan.json")["settings"]
-    regime = settings["recipe_name"]
+    regime, recipe = settings["recipe_name"], dict(settings["recipe"])
     return {"policy": f"{settings['method']}-{regime}", "method": settings["method"], "regime": regime,
-            "seed": settings["recipe"]["seed"]}  # fmt: skip
+            "seed": recipe.pop("seed"), "settings": to_json(recipe, sort_keys=True)}  # fmt: skip
 
 
 def read_runs(path: Path, quantity: str) -> list[Run]:
@@ -140,7 +143,8 @@ def read_runs(path: Path, quantity: str) -> list[Run]:
             points = [(record["step"], *(record[side][quantity] for side in SIDES)) for record in records]
         except KeyError as error:
             raise InputError(f"{path}: has no {error} for {policy}; name another --quantity") from None
-        found.append(_run(path, label, method, seed, points))
+        settings = records[0].get("settings", f"beta {records[0].get('beta')}")
+        found.append(_run(path, label, method, seed, points, settings=settings))
     return found
 
 
@@ -174,23 +178,34 @@ def _run_of_trainer(path: Path, quantity: str) -> Run:
     if quantity != "r":
         raise InputError(f"{path}: a Trainer logs r = beta (log pi - log mu) alone; leave out --quantity {quantity}")
     folder = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
-    for prefix, note in (("eval_", ""), ("", ", training batches")):
-        keys = [f"{prefix}rewards/{side}" for side in SIDES]
-        logged = [entry for entry in state["log_history"] if all(key in entry for key in keys)]
+    for prefix, note in (("eval_rewards/", ""), ("rewards/", ", training batches")):
+        logged = [found for entry in state["log_history"] if (found := _logged(entry, prefix))]
         if logged:
             try:
-                points = [tuple(float(entry[key]) for key in ("step", *keys)) for entry in logged]
+                points = [tuple(map(float, point)) for point in logged]
                 return _run(path, folder.resolve().name + note, "", 0, points, float(state.get("max_steps") or 0))
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{path}: log_history has {error} where a number is needed") from None
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{path}: log_history: {error}; mend or remove the entry") from None
     raise InputError(f"{path}: log_history has no rewards/chosen and rewards/rejected; log them, or give a .csv")
 
 
-def _run(path: Path, label: str, method: str, seed: int, points: list[Any], steps: float = 0.0) -> Run:
+def _logged(entry: dict[str, Any], prefix: str) -> tuple[Any, Any, Any] | None:
+    """Step, chosen and rejected of one entry of log_history, if it has them."""
+    if {"step", f"{prefix}chosen", f"{prefix}rejected"} <= set(entry):
+        return entry["step"], entry[f"{prefix}chosen"], entry[f"{prefix}rejected"]
+    worse = [value for key, value in entry.items() if re.fullmatch(rf"{prefix}A[1-9]\d*", key)]
+    if "step" in entry and f"{prefix}A0" in entry and worse:
+        return entry["step"], entry[f"{prefix}A0"], math.fsum(worse) / len(worse)
+    return None
+
+
+def _run(
+    path: Path, label: str, method: str, seed: int, points: list[Any], steps: float = 0.0, settings: str = ""
+) -> Run:
     ordered = tuple(sorted({point[0]: point for point in points}.values()))  # a resumed Trainer logs a step again
     if not all(math.isfinite(number) for point in ordered for number in point):
         raise InputError(f"{path}: {label}: a step or value that is not finite; mend or remove it")
-    return Run(label, method, seed, ordered, max(steps, ordered[-1][0], 1.0))
+    return Run(label, method, seed, ordered, max(steps, ordered[-1][0], 1.0), settings)
 
 
 def read_paper(path: Path) -> dict[tuple[str, str], list[tuple[float, float]]]:

@@ -19,6 +19,7 @@ value of the authors' model card; here it is drawn at margin + rejected (results
 
 import argparse
 import csv
+import dataclasses
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -84,12 +85,14 @@ def save(figure: Any, out: Path, data: str) -> None:
 
 
 def runs_of(sources: Sequence[Path], quantity: str) -> list[Run]:
-    """The runs of all sources; two of one name and seed are told apart by where they lie."""
+    """The runs of all sources. Those of one name that are no seeds of each other (a seed twice, or other settings) are
+    told apart by where they lie."""
     found = [(source, run) for source in sources for run in read_runs(source, quantity)]
     count = Counter((run.label, run.seed) for _, run in found)
-    twice = {label for (label, _), times in count.items() if times > 1}
+    settings = Counter(label for label, _ in {(run.label, run.settings) for _, run in found})
+    apart = {label for (label, _), times in count.items() if times > 1 or settings[label] > 1}
     named = [
-        Run(f"{run.label} ({source})", run.method, run.seed, run.points, run.steps) if run.label in twice else run
+        dataclasses.replace(run, label=f"{run.label} ({source})") if run.label in apart else run
         for source, run in found
     ]
     again = [key for key, times in Counter((run.label, run.seed) for run in named).items() if times > 1]

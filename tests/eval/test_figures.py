@@ -11,7 +11,9 @@ import matplotlib.image
 import numpy
 import pandas
 import pytest
+from datasets import Dataset
 from synthetic import METHODS, REGIMES, STEPS, number, student, write_lines, write_results
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import curves, drawing, figures, points
 
@@ -175,10 +177,12 @@ def trend_lines(values: dict[int, tuple[float, float]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def write_run(folder: Path, method: str, recipe: str, seed: int, values: dict[int, tuple[float, float]]) -> Path:
+def write_run(
+    folder: Path, method: str, recipe: str, seed: int, values: dict[int, tuple[float, float]], beta: float = 0.5
+) -> Path:
     folder.mkdir(parents=True)
     write_lines(folder / "trend.jsonl", trend_lines(values))
-    settings = {"method": method, "recipe_name": recipe, "recipe": {"seed": seed}}
+    settings = {"method": method, "recipe_name": recipe, "recipe": {"seed": seed, "beta": beta}}
     (folder / "plan.json").write_text(json.dumps({"settings": settings}))
     return folder
 
@@ -224,6 +228,29 @@ def test_any_runs_beside_each_other(run, tmp_path) -> None:
     assert (tmp_path / "figure.v2.png").stat().st_size > 10_000
 
 
+def test_a_run_of_trl(run, policies, tmp_path) -> None:
+    """A real DPO run of TRL: its directory is a source, and the figure has the rewards that TRL logged on held-out
+    rows, from the last checkpoint."""
+    trl = pytest.importorskip("trl")
+    pairs = Dataset.from_list([{"prompt": "How many pens", "chosen": " are left?", "rejected": " small"}] * 8)
+    settings = trl.DPOConfig(
+        output_dir=str(tmp_path / "theirs"), per_device_train_batch_size=4, max_steps=4, logging_steps=1, save_steps=2,
+        eval_strategy="steps", eval_steps=2, learning_rate=1e-3, report_to=[], use_cpu=True, bf16=False,
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(policies[0]), args=settings, train_dataset=pairs, eval_dataset=pairs,
+        processing_class=AutoTokenizer.from_pretrained(policies[0]),
+    )  # fmt: skip
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_rewards/chosen" in entry]
+    assert run(figures.main, "trend", tmp_path / "theirs", "--out", tmp_path / "figure").code == 0
+    found = [[float(row[key]) for key in ("step", *curves.SIDES)] for row in rows_of(tmp_path / "figure.csv")]
+    expected = [[entry[key] for key in ("step", "eval_rewards/chosen", "eval_rewards/rejected")] for entry in logged]
+    assert numpy.array(found) == pytest.approx(numpy.array(expected), abs=1e-6)
+    assert [point[0] for point in found] == [2, 4]
+    assert found[-1][1] != 0
+
+
 def test_training_batches_are_said_to_be_such(run, tmp_path) -> None:
     """A Trainer without held-out logs gives those of its training batches, and the figure says so."""
     (tmp_path / "theirs").mkdir()
@@ -232,6 +259,24 @@ def test_training_batches_are_said_to_be_such(run, tmp_path) -> None:
     assert run(figures.main, "trend", tmp_path / "theirs", "--out", tmp_path / "figure").code == 0
     assert {row["method"] for row in rows_of(tmp_path / "figure.csv")} == {"theirs, training batches"}
     assert "<!-- step -->" in (tmp_path / "figure.svg").read_text()
+
+
+def test_released_code_s_logs(run, tmp_path) -> None:
+    """The paper's released trainer for K = 4 logs rewards/A0 to A3: A0 is chosen, the mean of the others rejected, so
+    that chosen - rejected is the margin that it logs as well."""
+    (tmp_path / "theirs").mkdir()
+    entry = {
+        "step": 5,
+        "eval_rewards/A0": 0.5,
+        "eval_rewards/A1": 0.25,
+        "eval_rewards/A2": -1.0,
+        "eval_rewards/A3": -3.0,
+    }
+    state = {"log_history": [entry, {**entry, "step": 10, "eval_rewards/A0": 1.0}], "max_steps": 10}
+    (tmp_path / "theirs" / "trainer_state.json").write_text(json.dumps(state))
+    assert run(figures.main, "trend", tmp_path / "theirs", "--out", tmp_path / "figure").code == 0
+    found = [(float(row["chosen"]), float(row["rejected"])) for row in rows_of(tmp_path / "figure.csv")]
+    assert found == [(0.5, -1.25), (1.0, -1.25)]
 
 
 def test_a_figure_reads_its_own_data(run, tmp_path) -> None:
@@ -253,6 +298,10 @@ def test_two_runs_of_one_name_are_told_apart(run, tmp_path) -> None:
     one, two = (write_run(tmp_path / n, "nca", "hard", 0, v) for n, v in (("beta-1", VALUES), ("beta-2", HALF)))
     assert run(figures.main, "trend", one, two, "--out", tmp_path / "figure").code == 0
     assert {row["method"] for row in rows_of(tmp_path / "figure.csv")} == {f"NCA, hard ({path})" for path in (one, two)}
+    # Another seed does not make it a seed of the other: the settings differ.
+    three = write_run(tmp_path / "beta-3", "nca", "hard", 1, HALF, beta=0.1)
+    assert run(figures.main, "trend", one, three, "--out", tmp_path / "figure").code == 0
+    assert len({row["method"] for row in rows_of(tmp_path / "figure.csv")}) == 2
     assert "named twice" in run(figures.main, "trend", one, one, "--out", tmp_path / "other").refusal
 
 
@@ -268,7 +317,7 @@ def test_two_runs_of_one_name_are_told_apart(run, tmp_path) -> None:
         (
             "trainer_state.json",
             '{"log_history": [{"step": 1, "rewards/chosen": "a", "rewards/rejected": 1}]}',
-            "number",
+            "convert",
         ),
         ("trend.jsonl", '{"step": 1}\n', "trend.jsonl:1"),
         ("trend.jsonl", "", "no records"),

@@ -251,23 +251,35 @@ def test_hostile_text_stays_text(build, browser, tmp_path) -> None:
 
 
 def test_tables_of_subfolders_lead_to_their_records(build, tmp_path) -> None:
-    """A table whose .csv names policy and manifests leads to those score records, of its own folder; a line without
-    any leads nowhere."""
+    """A table whose .csv names policy and manifests leads to the score records of its own folder that its number is
+    the mean of, in per cent or not; without such to the manifests; a line without any leads nowhere."""
     folder = write_results(tmp_path / "tiny", seeds=[0])
     below = folder / "table2"
     below.mkdir()
-    scores = lines_of(folder / "scores.jsonl")[:2]
-    write_lines(below / "scores.jsonl", [{**scores[0], "policy": "nca", "manifest": "abc"},
-                                         {**scores[1], "policy": "dpo", "manifest": "def"}])  # fmt: skip
-    (below / "table2.csv").write_text("method,policy,manifests\nNCA,nca,abc\nKTO,kto,\n")
+    score = lines_of(folder / "scores.jsonl")[0]
+    values = [
+        ("nca", "one", 0.25, "abc"),
+        ("nca", "one", 0.5, "def"),
+        ("nca", "two", 0.75, "abc"),
+        ("dpo", "one", 9.0, "g"),
+    ]
+    write_lines(below / "scores.jsonl", [
+        {**score, "policy": policy, "benchmark": benchmark, "value": value, "low": value, "high": value,
+         "manifest": manifest} for policy, benchmark, value, manifest in values
+    ])  # fmt: skip
+    rows = [("NCA", "nca", 37.5, "abc def"), ("DPO", "dpo", 9, "g"), ("IPO", "ipo", 1, "hij"), ("KTO", "kto", "", "")]
+    lines = [",".join(map(str, row)) for row in (("method", "policy", "ours", "manifests"), *rows)]
+    (below / "table2.csv").write_text("\n".join(lines) + "\n")
+    cells = [f"| {row[0]} | 1 | {row[2] or 'not run'} |" for row in rows]
     (below / "table2.md").write_text(
-        "# T\n\n| method | paper | ours |\n|---|---|---|\n| NCA | 1 | 2 |\n| KTO | 3 | not run |\n"
+        "\n".join(["# T", "", "| method | paper | ours |", "|---|---|---|", *cells]) + "\n"
     )
     html = build(folder).read_text()
     place = len(lines_of(folder / "scores.jsonl"))
     document = html[html.index('<section id="doc-table2-table2"') :]
     document = document[: document.index("</section>")]
-    assert re.findall(r'data-records="([^"]*)"', document) == [f"s{place}"]
+    expected = [f"s{place} s{place + 1}", f"s{place + 3}", "mhij"]
+    assert re.findall(r'data-records="([^"]*)"', document) == expected
 
 
 def test_without_a_record_its_cells_lead_nowhere(build, run, tmp_path) -> None:
@@ -299,7 +311,8 @@ def test_registry_is_shown(build, tmp_path) -> None:
     assert 'id="registry"' not in build(folder).read_text()
     entries = {
         "table2": {"of": "Table 2", "title": "T", "command": "bash scripts/reproduce.sh",
-                   "expected": [{"file": "a.csv"}], "status": {"tiny": "partial: no judge", "mistral-7b": "not run: money"}},
+                   "expected": [{"file": "a.csv"}],
+                   "status": {"tiny": "partial: no judge", "mistral-7b": "not run: money"}},
         "figure1": {"of": "Figure 1", "title": "D", "expected": [], "status": {"mistral-7b": "not run: a diagram"}},
     }  # fmt: skip
     (tmp_path / "registry.yaml").write_text(yaml.safe_dump(entries))

@@ -97,10 +97,10 @@ def test_text_has_recipe_manifest_command_and_trend(run, write) -> None:
 def test_nothing_private_and_nothing_unescaped(run, write) -> None:
     """Paths of this machine are cut, and a name with markup is shown as text by a Markdown renderer."""
     change_manifest(
-        run, lambda manifest: manifest.update(command="python -m train.nca --out=/home/me/x --rows /home/me/r `")
+        run, lambda manifest: manifest.update(command="python -m train.nca --out=/data/me/x --rows /data/me/r `")
     )
     text = write(run)
-    assert "/home/me" not in text
+    assert "/data/me" not in text
     assert str(run.parent) not in text
     assert "--out=.../x --rows .../r `" in text
     body = text.split("---\n", 2)[2]  # below the YAML head
