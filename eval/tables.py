@@ -1,8 +1,10 @@
-"""The tables of results/tiny, from the records alone.
+"""Tables, from the records alone.
 
     python -m eval.tables --results results/tiny
+    python -m eval.tables --table table2 --scale tiny [--results results/tiny/table2]
 
-Writes tables.md and the same numbers, unrounded, as tables.csv.
+The first writes tables.md of the miniature and the same numbers, unrounded, as tables.csv. The second writes one of the
+paper's tables (or the table behind Figure 4 or 6) with the paper's values beside ours: see eval/paper_tables.py.
 """
 
 import argparse
@@ -12,7 +14,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.files import run_command, write_text
+from data_prep.files import InputError, run_command, write_text
+from eval import paper_tables
 from eval.records import METHODS, REGIMES, RESPONSES, Estimate, Results
 
 Cell = Callable[[Results, str], Estimate | None]
@@ -133,8 +136,20 @@ def table_csv(results: Results) -> str:
 def main() -> None:
     """Write the tables."""
     parser = argparse.ArgumentParser(prog="python -m eval.tables")
-    parser.add_argument("--results", required=True, type=Path)
+    parser.add_argument("--results", type=Path, help="folder of the records (with --table: results/SCALE/TABLE)")
+    parser.add_argument("--table", choices=paper_tables.TITLES)
+    parser.add_argument("--scale", choices=paper_tables.BASES)
     arguments = parser.parse_args()
+    if arguments.table:
+        if not arguments.scale:
+            raise InputError(f"--table {arguments.table}: name the scale too, --scale tiny or another")
+        folder = arguments.results or Path("results") / arguments.scale / arguments.table
+        lines = paper_tables.write(arguments.table, arguments.scale, folder)
+        measured = sum(line.ours is not None for line in lines)
+        print(f"{folder / arguments.table}.md, .csv, .tex: {measured} of {len(lines)} lines measured")
+        return
+    if not arguments.results:
+        raise InputError("give --results DIR, or --table and --scale")
     results = Results.read(arguments.results)
     write_text(arguments.results / "tables.md", document(results))
     write_text(arguments.results / "tables.csv", table_csv(results))

@@ -73,53 +73,82 @@ def manifest(output: Path) -> Path:
     return output.parent / "manifest.json"
 
 
-def seed_stages(seed: int, root: Path, quick: bool) -> Iterator[Stage]:
-    """The stages of one seed, each behind those it needs. Every seed has a world, a mu and samples of its own."""
-    label, world, mu, cache = f"seed {seed}:", root / "world", root / "sft" / "policy", root / "reference"
-    demonstrations, test = world / "demonstrations.jsonl", world / "prompts-test.jsonl"
-    rows = {name: root / f"rows-{name}" / "rows.jsonl" for name in ("train", "heldout", "pairs")}
-    recipes = {name: RECIPES / f"{name}.yaml" for name in ("sft", *REGIMES)}
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """The folder of one seed, and what all its runs share."""
 
-    prompts = {split: world / f"prompts-{split}.jsonl" for split in ("train", "heldout")}
-    made = [demonstrations, test, *prompts.values()]
+    root: Path
+
+    @property
+    def mu(self) -> Path:
+        """The reference policy."""
+        return self.root / "sft" / "policy"
+
+    @property
+    def cache(self) -> Path:
+        """Its log-probs of all responses in `rows`."""
+        return self.root / "reference"
+
+    def prompts(self, split: str) -> Path:
+        """Prompts with their truths: train, heldout or test."""
+        return self.root / "world" / f"prompts-{split}.jsonl"
+
+    def rows(self, name: str) -> Path:
+        """Rows: train and heldout (4 samples of mu), and pairs of the former."""
+        return self.root / f"rows-{name}" / "rows.jsonl"
+
+
+def ground_stages(seed: int, ground: Ground, quick: bool) -> Iterator[Stage]:
+    """What comes before the runs of one seed. Every seed has a world, a mu and samples of its own."""
+    label, root, mu = f"seed {seed}:", ground.root, ground.mu
+    demonstrations = root / "world" / "demonstrations.jsonl"
+    made = [demonstrations, *(ground.prompts(split) for split in ("test", "train", "heldout"))]
     size = QUICK_WORLD if quick else {}
-    yield stage(f"{label} world", "data_prep.miniature", [], made, seed=seed, out=world, **size)
+    yield stage(f"{label} world", "data_prep.miniature", [], made, seed=seed, out=root / "world", **size)
+    recipe = RECIPES / "sft.yaml"
     yield stage(
-        f"{label} SFT of mu", "train.sft", [recipes["sft"], demonstrations], [mu],
-        recipe=recipes["sft"], seed=seed, demonstrations=demonstrations, out=mu.parent,
+        f"{label} SFT of mu", "train.sft", [recipe, demonstrations], [mu],
+        recipe=recipe, seed=seed, demonstrations=demonstrations, out=mu.parent,
     )  # fmt: skip
     for split in ("train", "heldout"):
-        samples = root / f"samples-{split}" / "answers.jsonl"
+        samples, prompts, rows = root / f"samples-{split}" / "answers.jsonl", ground.prompts(split), ground.rows(split)
         yield stage(
-            f"{label} 4 samples of mu, {split}", "eval.generate", [mu, prompts[split]], [samples],
-            policy=mu, prompts=prompts[split], samples=4, max_new_tokens=MAX_TOKENS, seed=seed, out=samples.parent,
+            f"{label} 4 samples of mu, {split}", "eval.generate", [mu, prompts], [samples],
+            policy=mu, prompts=prompts, samples=4, max_new_tokens=MAX_TOKENS, seed=seed, out=samples.parent,
         )  # fmt: skip
         yield stage(
-            f"{label} rows, {split}", "data_prep.miniature.collect", [prompts[split], samples], [rows[split]],
-            prompts=prompts[split], answers=samples, out=rows[split].parent,
+            f"{label} rows, {split}", "data_prep.miniature.collect", [prompts, samples], [rows],
+            prompts=prompts, answers=samples, out=rows.parent,
         )  # fmt: skip
+    pairs = ground.rows("pairs")
     yield stage(
-        f"{label} pairs", "data_prep.pairs", [rows["train"]], [rows["pairs"]], rows["train"],
-        strategy="best-vs-random", seed=seed, out=rows["pairs"].parent,
+        f"{label} pairs", "data_prep.pairs", [ground.rows("train")], [pairs], ground.rows("train"),
+        strategy="best-vs-random", seed=seed, out=pairs.parent,
     )  # fmt: skip
-    scored = [rows["train"], rows["heldout"]]  # the pairs' responses are among them
-    lengths = recipes[REGIMES[0]]  # limits and batches are the same in all regimes
+    scored = [ground.rows("train"), ground.rows("heldout")]  # the pairs' responses are among them
+    lengths = RECIPES / f"{REGIMES[0]}.yaml"  # limits and batches are the same in all regimes
     yield stage(
-        f"{label} reference log-probs", "train.engine.reference", [mu, *scored, lengths], [cache],
-        model=mu, rows=scored[0], eval_rows=scored[1], recipe=lengths, cache=cache,
+        f"{label} reference log-probs", "train.engine.reference", [mu, *scored, lengths], [ground.cache],
+        model=mu, rows=scored[0], eval_rows=scored[1], recipe=lengths, cache=ground.cache,
     )  # fmt: skip
-    policies = {"mu": mu}
-    for regime in REGIMES:
-        for method in METHODS:
-            name, data = f"{method}-{regime}", rows["train"] if RESPONSES[method] == 4 else rows["pairs"]
-            run = root / "runs" / name
-            policies[name] = run / "policy"
-            yield stage(
-                f"{label} {name}", MODULES[method], [recipes[regime], mu, data, rows["heldout"], cache],
-                [policies[name], run / "trend.jsonl", run / "manifest.json"],
-                recipe=recipes[regime], seed=seed, model=mu, rows=data, eval_rows=rows["heldout"],
-                reference_cache=cache, out=run, **(QUICK_TRAINING if quick else {}),
-            )  # fmt: skip
+
+
+def training_stage(
+    seed: int, ground: Ground, run: Path, method: str, regime: str, rows: Path, quick: bool, **overrides: Any
+) -> Stage:
+    """One run. rows: among those whose reference log-probs are there. overrides: keys of the recipe."""
+    recipe, heldout = RECIPES / f"{regime}.yaml", ground.rows("heldout")
+    return stage(
+        f"seed {seed}: {run.name}", MODULES[method], [recipe, ground.mu, rows, heldout, ground.cache],
+        [run / "policy", run / "trend.jsonl", run / "manifest.json"],
+        recipe=recipe, seed=seed, model=ground.mu, rows=rows, eval_rows=heldout, reference_cache=ground.cache, out=run,
+        **overrides, **(QUICK_TRAINING if quick else {}),
+    )  # fmt: skip
+
+
+def judging_stages(seed: int, ground: Ground, root: Path, policies: dict[str, Path]) -> Iterator[Stage]:
+    """Answers of policies to the test prompts, and their scores by the truth, in `root`."""
+    test, label = ground.prompts("test"), f"seed {seed}:"
     answers = {name: root / "answers" / name / "answers.jsonl" for name in policies}
     for name, policy in policies.items():
         yield stage(
@@ -133,6 +162,19 @@ def seed_stages(seed: int, root: Path, quick: bool) -> Iterator[Stage]:
         prompts=test, seed=seed, answers=[f"{name}={path.parent}" for name, path in answers.items()],
         out=root / "scores",
     )  # fmt: skip
+
+
+def seed_stages(seed: int, root: Path, quick: bool) -> Iterator[Stage]:
+    """The stages of one seed, each behind those it needs."""
+    ground = Ground(root)
+    yield from ground_stages(seed, ground, quick)
+    policies = {"mu": ground.mu}
+    for regime in REGIMES:
+        for method in METHODS:
+            run, rows = root / "runs" / f"{method}-{regime}", "train" if RESPONSES[method] == 4 else "pairs"
+            policies[run.name] = run / "policy"
+            yield training_stage(seed, ground, run, method, regime, ground.rows(rows), quick)
+    yield from judging_stages(seed, ground, root, policies)
 
 
 def result_stages(seeds: list[int], runs: Path, out: Path) -> Iterator[Stage]:
@@ -153,6 +195,15 @@ def result_stages(seeds: list[int], runs: Path, out: Path) -> Iterator[Stage]:
         files = [out / f"{name}.{ending}" for ending in ("png", "svg", "csv")]
         yield stage(name, "eval.figures", [records[1], *options.values()], files, trend=records[1], out=out / name,
                     **options)  # fmt: skip
+
+
+def table_stages(table: str, scale: str, found: list[Path], out: Path, **where: Any) -> Iterator[Stage]:
+    """Records and the table of one of the paper's tables or grids, in `out`. found: scores, trends and manifests of
+    its stages; where: how eval.collect is told of them."""
+    names = ("scores.jsonl", "manifests.jsonl", *(["trend.jsonl"] if table.startswith("figure") else []))
+    records, files = [out / name for name in names], [out / f"{table}.{ending}" for ending in ("md", "csv", "tex")]
+    yield stage(f"{table}: records", "eval.collect", found, [*records, out / "cost.csv"], **where, out=out)
+    yield stage(f"{table}: table", "eval.tables", records, files, table=table, scale=scale, results=out)
 
 
 class Progress:

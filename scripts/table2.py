@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from reproduce import MAX_TOKENS, Progress, Stage, manifest, run_all, stage  # noqa: E402
+from reproduce import MAX_TOKENS, Progress, Stage, manifest, run_all, stage, table_stages  # noqa: E402
 
 from data_prep.files import InputError, read_json, run_command, write_jsonl, write_text  # noqa: E402
 from data_prep.miniature.world import FAMILIES  # noqa: E402
@@ -212,6 +212,15 @@ def write_table(out: Path, works: dict[int, Path], policies: list[Policy]) -> No
     write_text(out / "table2.csv", "\n".join(csv) + "\n")
 
 
+def write_results(scale: str, planned: list[Stage], work: Path, arguments: argparse.Namespace) -> None:
+    """The committed records and the table with the paper's values, in results/ (or, with --runs, beside the runs)."""
+    out = arguments.runs / "results" / "table2" if arguments.runs else Path("results") / scale / "table2"
+    out = Path("runs/quick/results/table2") if arguments.quick and not arguments.runs else out
+    found = [path for item in planned for path in item.outputs if path.name == "scores.jsonl"]
+    run_all(list(table_stages("table2", scale, found, out, folders=[work])), Progress(work / "stages"), 1)
+    print(f"see {out / 'table2.md'}: the same beside the paper's")
+
+
 def _difference(works: dict[int, Path], policy: Policy) -> str:
     """MT-Bench against the rival's, paired by question."""
     if not policy.rival:
@@ -280,7 +289,26 @@ def tiny(arguments: argparse.Namespace) -> None:
     finally:
         judge.close()
     write_table(out, works, policies[0])
+    write_results("tiny", planned, out, arguments)
     print(f"see {out / 'table2.md'}")
+
+
+def mistral_setting(arguments: argparse.Namespace, work: Path) -> Setting:
+    """At the paper's scale, with the judge of `paid_options`."""
+    names = ("judge_url", "judge_model", "judge_key_variable", "judge_price_in", "judge_price_out", "budget")
+    asked = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    files = {name: arguments.data / "mt_bench" / Path(FILES[name][0]).name for name in FILES}
+    alpaca = arguments.data / "alpaca_eval"
+    return Setting(
+        "mistral-7b", 42, work, files, alpaca / "prompts.jsonl", alpaca / "reference.jsonl", asked, arguments.passes
+    )
+
+
+def prepare_mt_bench(arguments: argparse.Namespace, work: Path) -> None:
+    """Check the judge, now and not hours later, and fetch MT-Bench's files."""
+    from_arguments(argparse.Namespace(**vars(arguments), concurrency=1), work / "judge.jsonl")
+    for name in FILES:
+        locate(name, None, arguments.data / "mt_bench")
 
 
 def mistral(arguments: argparse.Namespace) -> None:
@@ -291,15 +319,7 @@ def mistral(arguments: argparse.Namespace) -> None:
         )
     runs, data = arguments.runs or Path("runs"), arguments.data
     policies, work = mistral_policies(runs, arguments.model_revision), runs / "table2"
-    names = ("judge_url", "judge_model", "judge_key_variable", "judge_price_in", "judge_price_out", "budget")
-    asked = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    folders = {"questions": data / "mt_bench", "references": data / "mt_bench", "judge_prompts": data / "mt_bench"}
-    files = {name: folders[name] / Path(FILES[name][0]).name for name in FILES}
-    alpaca = data / "alpaca_eval"
-    setting = Setting(
-        "mistral-7b", 42, work, files, alpaca / "prompts.jsonl", alpaca / "reference.jsonl", asked, arguments.passes
-    )
-    planned = list(stages(setting, policies, {}))
+    planned = list(stages(mistral_setting(arguments, work), policies, {}))
     if arguments.dry_run:
         show_plan(planned, policies, arguments, runs, data)
         return
@@ -310,13 +330,13 @@ def mistral(arguments: argparse.Namespace) -> None:
         if not policy.revision and not Path(policy.source).exists():
             make = f"{train} --model-revision {arguments.model_revision} --runs {shlex.quote(str(runs))} table2"
             raise InputError(f"{policy.source}: no such policy; train it with: {make}")
-    from_arguments(argparse.Namespace(**vars(arguments), concurrency=1), work / "judge.jsonl")  # now, not hours later
-    for name in FILES:
-        locate(name, None, data / "mt_bench")
+    alpaca = data / "alpaca_eval"
+    prepare_mt_bench(arguments, work)
     annotations = fetch(*ALPACA_EVAL, alpaca / "annotations.json")
     write_alpaca_eval(annotations, alpaca)
     run_all(planned, Progress(work / "stages"), arguments.jobs)
     write_table(work, {42: work}, policies)
+    write_results("mistral-7b", planned, work, arguments)
     print(f"see {work / 'table2.md'}")
 
 
@@ -359,6 +379,19 @@ def show_plan(
     print("A dry run downloads nothing, writes nothing and asks nobody.")
 
 
+def paid_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the paper's scale: the model, the benchmarks' files, the judge and its price."""
+    paid = parser.add_argument_group("mistral-7b")
+    paid.add_argument("--model-revision", help=f"commit of {SFT_MODEL}")
+    paid.add_argument("--data", type=Path, default=Path("data"), help="folder for the benchmarks' files")
+    paid.add_argument("--judge-url", default="https://api.openai.com/v1")
+    paid.add_argument("--judge-model", default="gpt-4-0613", help="what gpt-4 was when the paper was written")
+    paid.add_argument("--judge-key-variable", default="OPENAI_API_KEY", metavar="NAME", help="holds the key")
+    paid.add_argument("--judge-price-in", type=float, default=30.0, metavar="USD", help="for a million tokens read")
+    paid.add_argument("--judge-price-out", type=float, default=60.0, metavar="USD", help="for a million written")
+    paid.add_argument("--budget", type=float, metavar="USD", help="for each policy and benchmark")
+
+
 def main() -> None:
     """Make Table 2 at one scale."""
     parser = argparse.ArgumentParser(prog="bash scripts/table2.sh", description="Instruction following: Table 2.")
@@ -369,15 +402,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=1, help="judgements of each MT-Bench answer (3 show judge noise)")
     parser.add_argument("--runs", type=Path, help="the policies' folder (runs/tiny, runs/quick, or runs)")
     parser.add_argument("--jobs", type=int, help="stages at a time (default 2; 1 for mistral-7b)")
-    paid = parser.add_argument_group("mistral-7b")
-    paid.add_argument("--model-revision", help=f"commit of {SFT_MODEL}")
-    paid.add_argument("--data", type=Path, default=Path("data"), help="folder for the benchmarks' files")
-    paid.add_argument("--judge-url", default="https://api.openai.com/v1")
-    paid.add_argument("--judge-model", default="gpt-4-0613", help="what gpt-4 was when the paper was written")
-    paid.add_argument("--judge-key-variable", default="OPENAI_API_KEY", metavar="NAME", help="holds the key")
-    paid.add_argument("--judge-price-in", type=float, default=30.0, metavar="USD", help="for a million tokens read")
-    paid.add_argument("--judge-price-out", type=float, default=60.0, metavar="USD", help="for a million written")
-    paid.add_argument("--budget", type=float, metavar="USD", help="for each policy and benchmark")
+    paid_options(parser)
     arguments = parser.parse_args()
     if min(arguments.seeds, arguments.passes, 1 if arguments.jobs is None else arguments.jobs) < 1:
         raise InputError("--seeds, --passes and --jobs must be at least 1")

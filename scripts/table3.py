@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from reproduce import Progress, Stage, manifest, run_all, stage  # noqa: E402
+from reproduce import Progress, Stage, manifest, run_all, stage, table_stages  # noqa: E402
 
 from data_prep.files import InputError, read_jsonl, run_command, write_text  # noqa: E402
 from eval.intervals import paired_difference  # noqa: E402
@@ -238,6 +238,12 @@ def main() -> None:
     run_all(stages[:1], progress, 1)
     run_all(stages[1:], progress, arguments.jobs if scale == "tiny" else 1)
     table = collect(scale, stages, out)
+    found = [path for planned in stages for path in planned.outputs if path.name == "scores.jsonl"]
+    # The committed records, and the table with the paper's values, in results/ (or, with --runs or --out, beside them).
+    beside = out / "results" if arguments.out else arguments.runs and arguments.runs / "results" / "table3"
+    results = beside or Path("results") / scale / "table3"
+    run_all(list(table_stages("table3", scale, found, results, folders=[out])), progress, 1)
+    print(f"{results / 'table3.md'}: the same beside the paper's")
     print(f"{table}: written\n\n{table.read_text(encoding='utf-8')}", end="")
 
 

@@ -5,6 +5,7 @@ One run is shared by all tests of this file; each leaves it whole.
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas
 import psutil
 import pytest
 
@@ -137,6 +139,73 @@ def test_stopped_run_continues(quick) -> None:
     assert not (runs / "seed-0" / "sft" / "manifest.json").exists()
     assert "seed 0: SFT of mu" in stages_run(reproduce(runs))
     assert digests(runs) == before
+
+
+def test_figures_take_what_is_there(quick) -> None:
+    """Figure 2 draws from runs that are there; Figure 4 adds the runs with the best response and 1, 2 or 3 others, its
+    records, table and figure. A second time nothing runs; nothing of the first run changes."""
+    runs, _, before = quick
+
+    def figure(number: int) -> list[str]:
+        words = ["bash", f"scripts/figure{number}.sh", "--scale", "tiny", "--quick", "--runs", str(runs)]
+        return stages_run(
+            subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500)
+        )
+
+    assert figure(2) == ["figure2: records", "figure2: figure"]
+    names = [f"{method}-hard-k{k}" for method in ("nca", "infonca") for k in (2, 3, 4)]
+    assert set(figure(4)) == {
+        "seed 0: best response and 1 others", "seed 0: best response and 2 others", "seed 0: scores",
+        *(f"seed 0: {name}" for name in names), *(f"seed 0: answers of {name}" for name in names),
+        *(f"figure4: {what}" for what in ("records", "table", "figure")),
+    }  # fmt: skip
+    assert figure(2) == figure(4) == []
+    assert digests(runs) == before
+    whole = [json.loads(line) for line in (runs / "seed-0" / "rows-train" / "rows.jsonl").read_text().splitlines()]
+    for k in (2, 3):
+        path = runs / "figure4" / "seed-0" / f"rows-k{k}" / "rows.jsonl"
+        rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+        for row in whole:
+            kept = rows[row["id"]]
+            assert len(kept["responses"]) == k
+            assert max(kept["rewards"]) == max(row["rewards"])
+            assert set(zip(kept["responses"], kept["rewards"], strict=True)) <= set(
+                zip(row["responses"], row["rewards"], strict=True)
+            )
+    out = runs / "results" / "figure4"
+    manifests = {
+        json.loads(line)["hash"]: json.loads(line) for line in (out / "manifests.jsonl").read_text().splitlines()
+    }
+    table = pandas.read_csv(out / "figure4.csv")
+    assert list(table.policy) == names
+    assert set(table.status) == {"measured"}
+    for line in table.itertuples():  # from a cell to its command
+        assert f"runs/{line.policy}/policy" in manifests[line.manifests]["command"]
+        run = next(found for found in manifests.values() if found["stage"] == f"runs/{line.policy}")
+        assert run["identity"]["settings"]["objective"] == {"alpha": line.alpha, "beta": line.beta}
+    assert all((out / f"score_by_k.{ending}").stat().st_size > 100 for ending in ("png", "svg", "csv"))
+
+
+def test_figures_of_the_paper_scale_are_planned() -> None:
+    """--dry-run at mistral-7b: the training command, numbered stages, calls of the judge; nothing is written. There is
+    no such figure at mixtral-8x7b."""
+    before = sorted(ROOT.glob("r*/*"))
+    plans = {"figure2": (2, 0), "figure4": (1 + 12 + 3, 6 * 160), "figure6": (1 + 64 + 3, 32 * 160)}
+    for name, (stages, calls) in plans.items():
+        words = ["bash", f"scripts/{name}.sh", "--scale", "mistral-7b", "--dry-run"]
+        environment = {**ENVIRONMENT, "PYTHON": "echo"}  # a plan takes seconds a run: tests/train checks them
+        done = subprocess.run(
+            words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "bash scripts/train_mistral7b.sh --model-revision COMMIT --runs runs" in done.stdout
+        assert len(re.findall(rf"^\[\d+/{stages}\] ", done.stdout, re.MULTILINE)) == stages
+        assert (f"Judge: {calls:,} calls" if calls else "No judge.") in done.stdout
+        refused = subprocess.run(
+            [*words[:3], "mixtral-8x7b"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert sorted(ROOT.glob("r*/*")) == before
 
 
 def test_failing_stage(quick, tmp_path) -> None:

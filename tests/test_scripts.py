@@ -1,6 +1,7 @@
 """The bash scripts hand their arguments on, and nothing else."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,3 +17,13 @@ def test_reproduce_hands_its_arguments_on() -> None:
     done = subprocess.run(words, env=os.environ, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 2
     assert done.stderr == "error: --seeds and --jobs must be at least 1\n"
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
+def test_shellcheck() -> None:
+    """shellcheck finds nothing in the scripts of tables and figures."""
+    paths = [str(path) for pattern in ("table", "figure") for path in sorted((ROOT / "scripts").glob(f"{pattern}*.sh"))]
+    assert len(paths) == 6
+    words = ["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", "--shell=bash", *paths]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -173,10 +173,10 @@ def test_bad_scores_are_refused(change, named, tmp_path) -> None:
         read_scores(path)
 
 
-def write_stage(folder: Path, cost: dict[str, Any] | None = None) -> str:
+def write_stage(folder: Path, cost: dict[str, Any] | None = None, settings: dict[str, Any] | None = None) -> str:
     """A finished stage with a manifest, written without the project's code; returns the manifest's hash."""
     folder.mkdir(parents=True)
-    identity = {"module": folder.name, "facts": {}, "text": "größer"}
+    identity = {"module": folder.name, "facts": {}, "text": "größer", "settings": settings or {}}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     around = {"commit": "c0ffee", "dirty": False, "wall_s": 1.5, "cpu_s": 1.25, "peak_mb": 300.0}
     manifest = {"hash": digest, "identity": identity, "command": "python -m x", "circumstances": around | (cost or {})}
@@ -230,6 +230,40 @@ def test_collect(run, runs, tmp_path) -> None:
         "1,runs/dpo_x3-hard,11.0,1.25,300.0",
         "1,scores,1.5,1.25,300.0",
     ]
+
+
+def test_collect_any_folders(run, tmp_path) -> None:
+    """Everything below the named folders, with the seed of a stage's settings (or of its recipe or decoding); NAME=DIR
+    names a run's policy; a stage with scores is about their policy. What there is none of leaves no file."""
+    trend = json.dumps({"step": 1, "split": "heldout", "chosen": {"log_ratio": 0.5}}) + "\n"
+    run_hash = write_stage(tmp_path / "runs" / "nca-K3", settings={"recipe": {"seed": 42}})
+    (tmp_path / "runs" / "nca-K3" / "trend.jsonl").write_text(trend)
+    write_stage(tmp_path / "judged" / "a b" / "mt_bench", settings={"seed": 7, "policy": {"x": 1}})
+    (tmp_path / "judged" / "a b" / "mt_bench" / "scores.jsonl").write_text(
+        json.dumps({**SCORE, "policy": "kto"}) + "\n"
+    )
+    write_stage(tmp_path / "judged" / "answers", settings={"decoding": {"seed": 5}})
+    write_stage(tmp_path / "judged" / "check")
+    (tmp_path / "judged" / "scores.jsonl").write_text("a summary, without a manifest\n")
+    out = tmp_path / "out"
+    words = ("--folders", f"nca-reward-k3={tmp_path}/runs/nca-K3", tmp_path / "judged", "--out", out)
+    assert run(collect.main, *words).code == 0
+    lines = {name: [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+             for name in ("scores", "trend", "manifests")}  # fmt: skip
+    assert lines["scores"] == [{**SCORE, "policy": "kto"}]
+    (found,) = lines["trend"]
+    assert [found[key] for key in ("seed", "policy", "method", "regime", "manifest")] == [
+        42, "nca-reward-k3", "nca", "reward-k3", run_hash
+    ]  # fmt: skip
+    assert [(line["seed"], line["stage"], line["policy"]) for line in lines["manifests"]] == [
+        (42, "nca-reward-k3", "nca-reward-k3"), (7, "judged/a b/mt_bench", "kto"), (5, "judged/answers", "answers"),
+        (None, "judged/check", "check"),
+    ]  # fmt: skip
+    assert run(collect.main, "--folders", tmp_path / "judged" / "check", "--out", out).code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["cost.csv", "manifests.jsonl"]
+    (tmp_path / "empty").mkdir()
+    assert "no finished stage" in run(collect.main, "--folders", tmp_path / "empty", "--out", out).refusal
+    assert "--folders" in run(collect.main, "--out", out).refusal
 
 
 def test_collect_refuses(run, runs, tmp_path) -> None:
