@@ -77,11 +77,10 @@ def versions() -> dict[str, str]:
 
 
 def file_digest(path: Path | str) -> str:
-    """Digest of an input: a file's bytes, or all files of a directory (a model) but its card, which is written later
-    and decides nothing."""
+    """Digest of an input: a file's bytes, or all files of a directory (a model)."""
     path = Path(path)
     if path.is_dir():
-        return sha256_tree([p for p in path.rglob("*") if p.is_file() and p != path / "README.md"], path)
+        return sha256_tree([p for p in path.rglob("*") if p.is_file()], path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     return sha256_file(path)

@@ -2,9 +2,9 @@
 
     python -m train.card RUN
 
-Writes RUN/policy/README.md: metadata, what was trained from what, the likelihood trend on held-out rows, the recipe,
+Writes RUN/card.md, to be published as README.md beside the files of RUN/policy: metadata, what was trained from what, the likelihood trend on held-out rows, the recipe,
 the manifest's hash and command, and limits. Every figure is read from the run's manifest and trend, whose digests are
-checked. Absolute paths are cut to their last part: a card is public. The card is no part of the policy's digest.
+checked. Absolute paths are cut to their last part: a card is public.
 """
 
 import argparse
@@ -204,8 +204,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.card", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
     run = parser.parse_args().run
-    write_text(run / "policy" / "README.md", card(run))
-    print(f"{run / 'policy' / 'README.md'}: written; add the licence before you publish it")
+    write_text(run / "card.md", card(run))
+    print(f"{run / 'card.md'}: written; add the licence, and publish it as the policy's README.md")
 
 
 if __name__ == "__main__":

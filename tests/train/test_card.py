@@ -41,10 +41,10 @@ def write(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         if refused:
             assert code == 2
             assert len(lines) == 1
-            assert not (run / "policy" / "README.md").exists()
+            assert not (run / "card.md").exists()
             return lines[0]
         assert code == 0, lines
-        return (run / "policy" / "README.md").read_text()
+        return (run / "card.md").read_text()
 
     return call
 
@@ -61,7 +61,7 @@ def test_metadata_is_what_the_hub_reads(run, write) -> None:
     """huggingface_hub reads the head back: method, library, and each metric with the last held-out value of the
     trend, read here without the project's code."""
     write(run)
-    read = ModelCard.load(run / "policy" / "README.md").data
+    read = ModelCard.load(run / "card.md").data
     assert read.library_name == "transformers"
     assert {"alignment", "nca"} <= set(read.tags)
     assert read.base_model is None  # a local directory is no model of the Hub
@@ -185,17 +185,12 @@ def test_run_without_a_trend(run, write) -> None:
     change_manifest(run, change)
     (run / "trend.jsonl").unlink()
     assert "measured no likelihood trend" in write(run)
-    assert ModelCard.load(run / "policy" / "README.md").data.eval_results is None
+    assert ModelCard.load(run / "card.md").data.eval_results is None
 
 
 def test_adapter(align_run, write, tmp_path) -> None:
-    """The card of an adapter takes the place of the one that PEFT writes; the run stays done, and its digest holds
-    whether PEFT's, ours or none is there."""
+    """The card of an adapter names its library, and PEFT's own stays beside the weights: the run stays done."""
     run = align_run(tmp_path / "lora", "--tuning", "lora")
-    assert (run / "policy" / "README.md").exists()  # PEFT's
-    digest = file_digest(run / "policy")
     assert "## Likelihood trend" in write(run)
-    assert ModelCard.load(run / "policy" / "README.md").data.library_name == "peft"
+    assert ModelCard.load(run / "card.md").data.library_name == "peft"
     assert RunDirectory(run, json.loads((run / "plan.json").read_text())).is_done
-    (run / "policy" / "README.md").unlink()
-    assert file_digest(run / "policy") == digest
