@@ -34,6 +34,7 @@ QUICK_WORLD = {"demonstrations": 640, "train": 48, "heldout": 24, "test": 24}
 QUICK_TRAINING = {"epochs": 1, "evaluate_every": 2}
 MAX_TOKENS = 48  # of a response, as in the recipes
 PAPER_FIGURE = Path("results/paper/figure2_likelihood.csv")
+PAGE, REGISTRY = Path("eval/page"), Path("results/registry.yaml")  # the report is made from these, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +196,11 @@ def result_stages(seeds: list[int], runs: Path, out: Path) -> Iterator[Stage]:
         files = [out / f"{name}.{ending}" for ending in ("png", "svg", "csv")]
         yield stage(name, "eval.figures", [records[1], *options.values()], files, trend=records[1], out=out / name,
                     **options)  # fmt: skip
+    ranks = [out / f"ranks.{ending}" for ending in ("png", "svg", "csv")]
+    yield stage("ranks", "eval.figures", [records[1]], ranks, "ranks", records[1], out=out / "ranks")
+    page = [PAGE / path.name for path in sorted((ROOT / PAGE).iterdir())]
+    shown = [*records[:3], *tables, *claims, *theory, *page, REGISTRY]
+    yield stage("report", "eval.report", shown, [out / "report.html"], results=out, out=out / "report.html")
 
 
 def table_stages(table: str, scale: str, found: list[Path], out: Path, **where: Any) -> Iterator[Stage]:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: the virtual environment .venv with the pinned requirements, made once.
 # $extra_requirements: one more requirements file, if set.
 # Set NCA_TORCH_INDEX to PyTorch's CPU wheel index on a machine without a GPU to save several GB of CUDA.

@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() { sed -n '2,10s/^# //p' scripts/train_mistral7b.sh; }
 
-dry_run= gpus= runs=runs model=() parts=()
+dry_run='' gpus='' runs=runs model=() parts=()
 while (($#)); do
     case $1 in
     --dry-run) dry_run=1 ;;

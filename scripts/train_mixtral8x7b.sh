@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() { sed -n '2,5s/^# //p' scripts/train_mixtral8x7b.sh; }
 
-dry_run= gpus=8 runs=runs model=()
+dry_run='' gpus=8 runs=runs model=()
 while (($#)); do
     case $1 in
     --dry-run) dry_run=1 ;;

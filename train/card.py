@@ -2,9 +2,10 @@
 
     python -m train.card RUN
 
-Writes RUN/card.md, to be published as README.md beside the files of RUN/policy: metadata, what was trained from what, the likelihood trend on held-out rows, the recipe,
-the manifest's hash and command, and limits. Every figure is read from the run's manifest and trend, whose digests are
-checked. Absolute paths are cut to their last part: a card is public.
+Writes RUN/card.md, to be published as README.md beside the files of RUN/policy: metadata, what was trained from what,
+the likelihood trend on held-out rows, the recipe, the manifest's hash and command, and limits. Every figure is read
+from the run's manifest and trend, whose digests are checked. Absolute paths are cut to their last part: a card is
+public.
 """
 
 import argparse
