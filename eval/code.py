@@ -318,6 +318,7 @@ def judge_all(
 
 def _map(work: list, parallel: int) -> Iterator[list[Verdict]]:
     if parallel == 1 or len(work) < 2:
+        multiprocessing.set_start_method("fork", force=True)  # as in the workers below
         yield from map(judge_problem, work)
         return
     context = multiprocessing.get_context("spawn")
