@@ -136,10 +136,12 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
         logits, weight = head(hidden), head.weight
         dtype, logits = logits.dtype, logits.float()
-        normalizer = logits.logsumexp(-1, keepdim=True)
-        logps = (logits.gather(-1, targets[:, None]) - normalizer)[:, 0]
-        p = logits.sub_(normalizer).exp_()
-        slope = weight[targets].float() - (p.to(dtype) @ weight.to(dtype)).float()
+        logits -= logits.amax(-1, keepdim=True)
+        logps = logits.gather(-1, targets[:, None])
+        shares = logits.exp_()  # p up to its normalizer: no second pass over [chunk, V]
+        normalizer = shares.sum(-1, keepdim=True)
+        logps = (logps - normalizer.log())[:, 0]
+        slope = weight[targets].float() - (shares.to(dtype) @ weight.to(dtype)).float() / normalizer
         ctx.save_for_backward(slope.to(hidden.dtype))
         return logps
 
