@@ -117,13 +117,13 @@ def _status(name: str, scale: str, status: str, outputs: list[str], there: list[
     lacking = [output for output, found in zip(outputs, there, strict=True) if not found]
     if status.startswith("not run"):
         # a table of the paper's values alone may be there
-        lines = [row["status"] for table in _tables(name, there) for row in read_csv(root / table)]
+        lines = [row["status"] for table in _tables(name, there, root) for row in read_csv(root / table)]
         if len(lacking) < len(outputs) and (not lines or "measured" in lines):
             return [f"{name}, {scale}: {status}; but {', '.join(set(outputs) - set(lacking))} is there"]
         return []
     if lacking:
         return [f"{name}, {scale}: {status}; but {', '.join(lacking)} is not there"]
-    for table in _tables(name, there):
+    for table in _tables(name, there, root):
         lines = [row["status"] for row in read_csv(root / table)]
         found = "not run" if "measured" not in lines else "partial" if "not run" in lines else "measured"
         if found != status.partition(":")[0]:
@@ -132,8 +132,10 @@ def _status(name: str, scale: str, status: str, outputs: list[str], there: list[
     return []
 
 
-def _tables(name: str, there: list[set[str]]) -> list[str]:
-    return sorted(found for files in there for found in files if found.endswith(f"/{name}/{name}.csv"))
+def _tables(name: str, there: list[set[str]], root: Path) -> list[str]:
+    """Tables of the paper among the outputs: their lines have a status."""
+    named = sorted(found for files in there for found in files if found.endswith(f"/{name}/{name}.csv"))
+    return [table for table in named if "status" in next(iter(read_csv(root / table)), {})]
 
 
 def shown(entry: Entry, scale: str, files: set[str]) -> str:
