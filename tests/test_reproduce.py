@@ -69,7 +69,7 @@ def test_every_stage_runs(quick) -> None:
     """World, SFT, samples, rows, pairs, reference, 16 runs, 17 sets of answers, scores, and all results."""
     runs, done, _ = quick
     ran = stages_run(done)
-    assert len(ran) == len(set(ran)) == 1 + 1 + 4 + 1 + 1 + 16 + 17 + 1 + 6
+    assert len(ran) == len(set(ran)) == 1 + 1 + 4 + 1 + 1 + 16 + 17 + 1 + 8
     assert all((runs / "results" / name).stat().st_size > 100 for name in RESULTS)
     tables = (runs / "results" / "tables.md").read_text()
     assert "not run" not in tables
