@@ -64,18 +64,14 @@ def response_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     model: `packable`, wrapped or not. batch: from `collate`. Absent responses get 0.
     """
-    return _summed(model(**{name: batch[name] for name in STREAM}).logps, batch)
+    return response_logps_and_aux_loss(model, batch)[0]
 
 
 def response_logps_and_aux_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """`response_logps`, and the router's load-balancing loss of the stream where the model returns one."""
-    output = model(**{name: batch[name] for name in STREAM})
-    return _summed(output.logps, batch), output.aux_loss
-
-
-def _summed(logps: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    mask = batch["mask"]
-    return logps.new_zeros(mask.numel()).index_add(0, batch["owners"], logps).view(mask.shape)
+    output, mask = model(**{name: batch[name] for name in STREAM}), batch["mask"]
+    logps = output.logps.new_zeros(mask.numel()).index_add(0, batch["owners"], output.logps).view(mask.shape)
+    return logps, output.aux_loss
 
 
 def sliding_window(model: nn.Module) -> int | None:

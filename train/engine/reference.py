@@ -47,6 +47,11 @@ def precision_of(recipe: AlignmentRecipe) -> str:
     return f"nf4/{nf4_compute(recipe)}" if recipe.tuning == "qlora" else recipe.dtype
 
 
+def _keys(rows: list[EncodedRow]) -> dict[str, list[str]]:
+    """Row id to the content keys of its responses."""
+    return {row.id: [response_key(row.prompt_ids, ids, row.unattended) for ids in row.response_ids] for row in rows}
+
+
 class ReferenceCache:
     """The log-probs of one reference model, by content of prompt and response."""
 
@@ -68,7 +73,7 @@ class ReferenceCache:
     def logps(self, model: nn.Module, rows: list[EncodedRow], batch_size: int) -> dict[str, list[float]]:
         """Row id to the log-probs of its K responses under `model`, which must be the cache's checkpoint. What is
         missing is computed by all processes together and written by the first one."""
-        keys = {row.id: [response_key(row.prompt_ids, ids, row.unattended) for ids in row.response_ids] for row in rows}
+        keys = _keys(rows)
         self._check(model, [row for row in rows if all(key in self.known for key in keys[row.id])], keys, batch_size)
         missing = self._missing(rows, keys)
         state = PartialState()
@@ -90,7 +95,7 @@ class ReferenceCache:
 
     def lookup(self, rows: list[EncodedRow]) -> dict[str, list[float]]:
         """`logps` of rows that are all known; InputError if not. For models too large for one device."""
-        keys = {row.id: [response_key(row.prompt_ids, ids, row.unattended) for ids in row.response_ids] for row in rows}
+        keys = _keys(rows)
         missing = self._missing(rows, keys)
         if missing:
             raise InputError(
